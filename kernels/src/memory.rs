@@ -1,0 +1,1 @@
+//! Memory of the kernels crate: aligned arenas and read-only mapped files.
