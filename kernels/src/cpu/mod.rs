@@ -1,1 +1,4 @@
 //! The CPU backend.
+
+mod isa;
+mod simd;
