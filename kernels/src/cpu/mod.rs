@@ -1,7 +1,13 @@
 //! The CPU backend.
 
+mod act;
+mod attention;
 mod isa;
+mod norm;
+mod pool;
+mod rope;
 mod simd;
+mod spans;
 mod threads;
 
 pub use isa::{ISA_VARIABLE, Isa};

@@ -30,7 +30,7 @@ mod avx512;
 mod neon;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Avx2;
@@ -40,13 +40,14 @@ pub(crate) use avx512::Avx512;
 pub(crate) use neon::Neon;
 pub(crate) use scalar::Scalar;
 
+use super::gemm::IntDot;
 use super::isa::Isa;
 
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 16;
 
 /// The operations of one instruction set on vectors of 16 f32 lanes.
-pub(crate) trait Simd: Copy + Send + Sync {
+pub(crate) trait Simd: IntDot + Send + Sync {
     /// Sixteen f32 lanes.
     type V: Copy;
 
@@ -150,24 +151,10 @@ pub(crate) trait Kernel {
     fn run<S: Simd>(self, s: S) -> Self::Output;
 }
 
-/// True when this CPU can run kernels of `isa`.
-pub(crate) fn has(isa: Isa) -> bool {
-    match isa {
-        Isa::Scalar => true,
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => Avx2::detect().is_some(),
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => Avx512::detect().is_some(),
-        #[cfg(target_arch = "aarch64")]
-        Isa::Neon => Neon::detect().is_some(),
-        _ => false,
-    }
-}
-
 /// Runs a kernel with the instructions of `isa`.
 ///
 /// # Panics
-/// When this CPU does not have `isa`; [`has`] tells beforehand.
+/// When this CPU does not have `isa`; [`Isa::is_available`] tells beforehand.
 #[inline]
 pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
     match isa {
@@ -186,6 +173,49 @@ pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
         }
         other => panic!("{other:?} belongs to another CPU architecture"),
     }
+}
+
+/// Loads up to 16 values; the lanes after them are 0.
+#[inline(always)]
+pub(crate) fn load_part<S: Simd>(s: S, src: &[f32]) -> S::V {
+    let mut padded = [0.0; LANES];
+    padded[..src.len()].copy_from_slice(src);
+    s.load(&padded)
+}
+
+/// Stores the first `dst.len()` lanes, at most 16.
+#[inline(always)]
+pub(crate) fn store_part<S: Simd>(s: S, v: S::V, dst: &mut [f32]) {
+    let mut all = [0.0; LANES];
+    s.store(v, &mut all);
+    dst.copy_from_slice(&all[..dst.len()]);
+}
+
+/// Asks the caches for the lines of `data`, which will be read soon. Has no effect on results.
+#[inline(always)]
+pub(crate) fn prefetch<T>(data: &[T]) {
+    const LINE: usize = 64;
+    let start = data.as_ptr().cast::<u8>();
+    for offset in (0..size_of_val(data)).step_by(LINE) {
+        prefetch_line(start.wrapping_add(offset));
+    }
+}
+
+/// Asks the caches for the line at `address`, which need not be valid.
+#[inline(always)]
+pub(crate) fn prefetch_line(address: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch never faults; SSE is part of x86-64.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast())
+    };
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: a prefetch never faults and writes nothing.
+    unsafe {
+        std::arch::asm!("prfm pldl1keep, [{line}]", line = in(reg) address, options(nostack, readonly, preserves_flags))
+    };
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let _ = address;
 }
 
 /// Implements [`Simd`] for the token type `$token` by calling the function of the same name in `$ops`.

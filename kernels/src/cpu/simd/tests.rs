@@ -1,13 +1,12 @@
 //! Every op of every instruction set that runs here, against the scalar lanes and f64 mathematics.
 
-use super::{EXP_MIN, Kernel, LANES, Scalar, Simd, dispatch, has};
+use super::{EXP_MIN, Kernel, LANES, Scalar, Simd, dispatch};
 use crate::cpu::isa::Isa;
 
-/// The instruction sets that this machine can run.
+/// The instruction sets that this machine can run, printed so that a missing one is seen.
 pub(crate) fn runnable() -> Vec<Isa> {
-    let all = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Neon];
-    let runnable: Vec<Isa> = all.into_iter().filter(|&isa| has(isa)).collect();
-    println!("instruction sets covered: {runnable:?} of {all:?}");
+    let runnable = Isa::available();
+    println!("instruction sets covered: {runnable:?}");
     runnable
 }
 
@@ -67,7 +66,7 @@ impl Kernel for RunAll {
 }
 
 /// A repeatable value in `-10.0..10.0`.
-fn noise(seed: u64) -> f32 {
+pub(crate) fn noise(seed: u64) -> f32 {
     let mixed = (seed + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(29).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     ((mixed >> 40) as f32 / (1 << 24) as f32 - 0.5) * 20.0
 }
