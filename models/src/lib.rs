@@ -12,6 +12,7 @@
 
 mod arch;
 pub mod batch;
+pub mod decoder;
 pub mod config;
 pub mod error;
 mod model;
@@ -21,6 +22,7 @@ pub mod tokenizer;
 pub mod weights;
 
 pub use batch::Batch;
+pub use decoder::{Decoder, DecoderLimits};
 pub use error::{Error, Result};
 pub use model::{GenerationDefaults, Model, ModelInfo};
 pub use spec::DecoderSpec;
