@@ -14,6 +14,7 @@ mod arch;
 pub mod batch;
 pub mod config;
 pub mod error;
+pub mod hub;
 mod model;
 pub mod spec;
 pub mod template;
