@@ -15,6 +15,7 @@ pub mod batch;
 pub mod decoder;
 pub mod config;
 pub mod error;
+pub mod hub;
 mod model;
 pub mod spec;
 pub mod template;

@@ -141,7 +141,13 @@ fn open_folder(folder: &Path) -> Result<Model> {
     Ok(Model { spec, weights, chat_template, info: ModelInfo { generation, name, ..info }, tokenizer })
 }
 
-fn info(path: &Path, files: &[PathBuf], spec: &DecoderSpec, weights: &Weights, tokenizer: &Tokenizer) -> Result<ModelInfo> {
+fn info(
+    path: &Path,
+    files: &[PathBuf],
+    spec: &DecoderSpec,
+    weights: &Weights,
+    tokenizer: &Tokenizer,
+) -> Result<ModelInfo> {
     let mut file_bytes = 0;
     for file in files {
         file_bytes += std::fs::metadata(file).map_err(|source| Error::Io { path: file.clone(), source })?.len();

@@ -16,7 +16,6 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 
-
 /// Instructions that one rendering may take; a conversation of 1,000 messages takes about 100,000.
 const FUEL: u64 = 5_000_000;
 /// Nested macro calls.
@@ -57,8 +56,13 @@ impl ChatTemplate {
         environment.add_function("strftime_now", |format: &str| strftime(SystemTime::now(), format));
         environment.add_filter("tojson", tojson);
         environment.add_template_owned(NAME, without_generation_tags(source).into_owned()).map_err(explain)?;
-        let mut template =
-            Self { environment, source: source.to_owned(), bos: bos.to_owned(), eos: eos.to_owned(), takes_parts: false };
+        let mut template = Self {
+            environment,
+            source: source.to_owned(),
+            bos: bos.to_owned(),
+            eos: eos.to_owned(),
+            takes_parts: false,
+        };
         template.takes_parts = template.probe_parts();
         Ok(template)
     }
@@ -89,7 +93,13 @@ impl ChatTemplate {
         &self.source
     }
 
-    fn run(&self, messages: &Value, tools: Option<&Value>, generate: bool, kwargs: &Map<String, Value>) -> Result<String> {
+    fn run(
+        &self,
+        messages: &Value,
+        tools: Option<&Value>,
+        generate: bool,
+        kwargs: &Map<String, Value>,
+    ) -> Result<String> {
         let base = context! {
             messages => Jinja::from_serialize(messages),
             tools => Jinja::from_serialize(tools),
@@ -135,7 +145,9 @@ fn join_parts(messages: &Value) -> Result<Value> {
                 (Value::String(text), _) | (_, Some(Value::String(text))) => texts.push(text.as_str()),
                 _ => {
                     let kind = part.get("type").and_then(Value::as_str).unwrap_or("unknown");
-                    return Err(Error::Template(format!("this model reads text only, but a message has a part of type {kind}")));
+                    return Err(Error::Template(format!(
+                        "this model reads text only, but a message has a part of type {kind}"
+                    )));
                 }
             }
         }
@@ -250,7 +262,17 @@ impl Formatter for Spaced {
 }
 
 const MONTHS: [&str; 12] = [
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
     "December",
 ];
 const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];

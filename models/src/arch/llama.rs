@@ -34,7 +34,12 @@ pub(super) fn from_gguf(gguf: &Gguf, arch: &str) -> Result<DecoderSpec> {
     }
     let vocab = match gguf.shape(GGUF_NAMES.embedding) {
         Some(&[rows, _]) => rows,
-        _ => return Err(Error::Missing { path: gguf.path().to_owned(), what: format!("matrix {}", GGUF_NAMES.embedding) }),
+        _ => {
+            return Err(Error::Missing {
+                path: gguf.path().to_owned(),
+                what: format!("matrix {}", GGUF_NAMES.embedding),
+            });
+        }
     };
     let norm_eps = gguf.float(&key("attention.layer_norm_rms_epsilon"))?;
     let mut spec = DecoderSpec {
@@ -146,7 +151,8 @@ fn scaled_frequencies(config: &HfConfig, head_dim: usize) -> Result<Vec<f64>> {
             // Long waves are stretched by `factor`, short ones kept, those between blended.
             for freq in &mut inv_freq {
                 let turns = trained * *freq / TAU;
-                let keep = if high > low { ((turns - low) / (high - low)).clamp(0.0, 1.0) } else { f64::from(turns >= high) };
+                let keep =
+                    if high > low { ((turns - low) / (high - low)).clamp(0.0, 1.0) } else { f64::from(turns >= high) };
                 *freq = *freq * keep + *freq / factor * (1.0 - keep);
             }
         }

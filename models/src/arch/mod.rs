@@ -121,7 +121,10 @@ fn checked(spec: DecoderSpec, path: &Path) -> Result<DecoderSpec> {
         }
     }
     if !heads.heads.is_multiple_of(heads.kv_heads) {
-        return bad(format!("{} attention heads are not a multiple of {} key/value heads", heads.heads, heads.kv_heads));
+        return bad(format!(
+            "{} attention heads are not a multiple of {} key/value heads",
+            heads.heads, heads.kv_heads
+        ));
     }
     if !heads.head_dim.is_multiple_of(2) {
         return bad(format!("its head dimension is {}, expected an even number", heads.head_dim));

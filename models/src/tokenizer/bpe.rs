@@ -68,8 +68,20 @@ const KNOWN: &[Known] = &[
         nfc: true,
         bos: false,
     },
-    Known { names: &["tekken", "mistral-tekken"], splitter: Splitter::Pattern(TEKKEN), whole_words: true, nfc: false, bos: true },
-    Known { names: &["gpt-4o", "llama4"], splitter: Splitter::Pattern(GPT4O), whole_words: true, nfc: false, bos: false },
+    Known {
+        names: &["tekken", "mistral-tekken"],
+        splitter: Splitter::Pattern(TEKKEN),
+        whole_words: true,
+        nfc: false,
+        bos: true,
+    },
+    Known {
+        names: &["gpt-4o", "llama4"],
+        splitter: Splitter::Pattern(GPT4O),
+        whole_words: true,
+        nfc: false,
+        bos: false,
+    },
 ];
 
 /// What a value of `tokenizer.ggml.pre` means.
@@ -96,9 +108,10 @@ pub(super) fn pre_tokenizer(name: &str) -> Result<PreTokenizer> {
     let both = |first| PreTokenizerWrapper::Sequence(Sequence::new(vec![first, bytes(false)]));
     let splitter = match known.splitter {
         Splitter::Gpt2 => bytes(true),
-        Splitter::DigitsThenGpt2 => {
-            PreTokenizerWrapper::Sequence(Sequence::new(vec![PreTokenizerWrapper::Digits(Digits::new(true)), bytes(true)]))
-        }
+        Splitter::DigitsThenGpt2 => PreTokenizerWrapper::Sequence(Sequence::new(vec![
+            PreTokenizerWrapper::Digits(Digits::new(true)),
+            bytes(true),
+        ])),
         Splitter::Pattern(pattern) => {
             let pattern = SplitPattern::Regex(pattern.to_owned());
             let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map_err(library)?;

@@ -125,7 +125,11 @@ impl Entries<'_> {
                 Kind::UserDefined => table.push(text.bytes(), false)?,
                 Kind::Byte => match spm::byte_token(text) {
                     Some(byte) => table.push([byte], false)?,
-                    None => return Err(Error::Tokenizer(format!("token {text:?} is of type byte, expected <0x00> to <0xFF>"))),
+                    None => {
+                        return Err(Error::Tokenizer(format!(
+                            "token {text:?} is of type byte, expected <0x00> to <0xFF>"
+                        )));
+                    }
                 },
                 Kind::Normal | Kind::Unused => table.push(ordinary(text), false)?,
             }
@@ -148,7 +152,9 @@ fn byte_level(gguf: &Gguf, entries: &Entries<'_>) -> Result<Tokenizer> {
             Some((&line[..at], &line[at + 1..]))
         });
         match halves {
-            Some((left, right)) if left.len() + right.len() <= longest => merges.push((left.to_owned(), right.to_owned())),
+            Some((left, right)) if left.len() + right.len() <= longest => {
+                merges.push((left.to_owned(), right.to_owned()))
+            }
             _ => {
                 let line = String::from_utf8_lossy(line);
                 return Err(Error::Tokenizer(format!("merge {line:?} does not join two tokens into a third")));
@@ -192,8 +198,10 @@ fn sentence_piece(gguf: &Gguf, entries: &Entries<'_>) -> Result<Tokenizer> {
         .map(|((text, _), score)| (&**text, *score))
         .collect();
     let merges = spm::merges(&pieces, &vocab);
-    let mut model =
-        BPE::builder().vocab_and_merges(vocab, merges).byte_fallback(entries.kinds.contains(&Kind::Byte)).fuse_unk(true);
+    let mut model = BPE::builder()
+        .vocab_and_merges(vocab, merges)
+        .byte_fallback(entries.kinds.contains(&Kind::Byte))
+        .fuse_unk(true);
     if let Some(at) = entries.kinds.iter().position(|kind| *kind == Kind::Unknown) {
         model = model.unk_token(entries.texts[at].clone().into_owned());
     }
@@ -240,7 +248,12 @@ fn specials(gguf: &Gguf, entries: &Entries<'_>, bos_by_default: bool) -> Result<
         }
     }
     let mut seen = Vec::new();
-    eos.retain(|id| !seen.contains(id) && { seen.push(*id); true });
+    eos.retain(|id| {
+        !seen.contains(id) && {
+            seen.push(*id);
+            true
+        }
+    });
     let add_bos = gguf.boolean("tokenizer.ggml.add_bos_token")?.unwrap_or(bos_by_default);
     let add_eos = gguf.boolean("tokenizer.ggml.add_eos_token")?.unwrap_or(false);
     Ok(Specials {

@@ -57,7 +57,11 @@ pub(crate) struct TokenTable {
 
 impl TokenTable {
     pub(crate) fn with_capacity(tokens: usize) -> Self {
-        Self { bytes: Vec::with_capacity(8 * tokens), ends: Vec::with_capacity(tokens), special: Vec::with_capacity(tokens) }
+        Self {
+            bytes: Vec::with_capacity(8 * tokens),
+            ends: Vec::with_capacity(tokens),
+            special: Vec::with_capacity(tokens),
+        }
     }
 
     /// Appends the token with the next id.

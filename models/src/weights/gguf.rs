@@ -400,7 +400,10 @@ impl<'a> Parser<'a> {
             TensorType::Known(ty) => match super::tensor_bytes(*ty, &shape) {
                 Some(len) => len,
                 None => {
-                    return Err(self.fail(format!("tensor {name} of type {} has shape {shape:?}, which is not possible", ty.name())));
+                    return Err(self.fail(format!(
+                        "tensor {name} of type {} has shape {shape:?}, which is not possible",
+                        ty.name()
+                    )));
                 }
             },
             // Its size is not known; it may stay where it is as long as nobody asks for it.
