@@ -15,6 +15,7 @@
 //! run beside it, on the prefix cache, on how its prompt was cut into chunks, or on preemption.
 
 mod admission;
+mod answer;
 mod blocks;
 pub mod config;
 mod detokenizer;
@@ -27,8 +28,11 @@ pub mod plan;
 mod prefix;
 pub mod request;
 pub mod runner;
+mod sampler;
 mod scheduler;
 mod sequence;
+mod start;
+mod step_loop;
 mod stop;
 mod validate;
 
@@ -43,3 +47,4 @@ pub use metrics::EngineMetrics;
 pub use plan::MemoryPlan;
 pub use request::{Event, FinishReason, Request, SamplingParams, StopMatch, StopParams, Timing, TokenLogprobs, Usage};
 pub use runner::ModelRunner;
+pub use start::{Engine, EngineSetup};

@@ -1,0 +1,76 @@
+//! From a loaded model to a running engine.
+
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+use std::thread;
+
+use crate::detokenizer::TokenText;
+use crate::handle::{EngineHandle, Shared, SharedSetup};
+use crate::plan::{MemoryPlan, max_outputs};
+use crate::runner::ModelRunner;
+use crate::scheduler::Limits;
+use crate::step_loop::{LoopSetup, StepLoop};
+use crate::{EngineConfig, Error};
+
+/// Places in the command channel beside those of queued requests.
+const CONTROL_COMMANDS: usize = 64;
+
+/// Starts engines.
+#[derive(Debug)]
+pub struct Engine;
+
+/// What an engine must know beside how to run the model.
+pub struct EngineSetup {
+    /// What tokens stand for.
+    pub text: Arc<dyn TokenText>,
+    /// The model's end-of-sequence tokens.
+    pub eos: Vec<u32>,
+    /// Size of the pool that the runner writes to, and the context length.
+    pub plan: MemoryPlan,
+}
+
+impl Engine {
+    /// Starts the engine thread over a runner whose pool has `setup.plan.kv_blocks` blocks and which gives logits for at
+    /// least [`EngineConfig::running_limit`] rows a step.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a setting out of range, [`Error::Thread`] when the system gives no thread.
+    pub fn start(
+        runner: Box<dyn ModelRunner>,
+        setup: EngineSetup,
+        config: EngineConfig,
+    ) -> Result<EngineHandle, Error> {
+        config.validate()?;
+        let EngineSetup { text, eos, plan } = setup;
+        if plan.max_model_len < 2 || plan.max_model_len > plan.kv_tokens {
+            return Err(Error::Config {
+                field: "max_model_len",
+                expected: format!("from 2 to {}, what the key/value cache holds", plan.kv_tokens),
+                got: plan.max_model_len.to_string(),
+            });
+        }
+        let (max_model_len, num_blocks) = (plan.max_model_len, plan.kv_blocks);
+        let shared_setup = SharedSetup { plan, text, vocab: runner.vocab_size(), max_model_len };
+        let shared = Arc::new(Shared::new(shared_setup, &config));
+        let (commands, inbox) = sync_channel(config.max_queued_requests + CONTROL_COMMANDS);
+        let limits = Limits {
+            max_seqs: config.running_limit(),
+            max_rows: config.max_num_batched_tokens,
+            max_outputs: max_outputs(&config),
+        };
+        let step_loop = StepLoop::new(LoopSetup {
+            runner,
+            shared: Arc::clone(&shared),
+            commands: inbox,
+            eos,
+            prefix_caching: config.enable_prefix_caching,
+            limits,
+            num_blocks,
+        });
+        let thread = thread::Builder::new()
+            .name("cupola-engine".into())
+            .spawn(move || step_loop.run())
+            .map_err(Error::Thread)?;
+        Ok(EngineHandle::new(shared, commands, thread))
+    }
+}

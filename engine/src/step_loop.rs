@@ -1,0 +1,436 @@
+//! The one engine thread: it owns the scheduler, the runner and every request in flight.
+//!
+//! ```text
+//!   ┌─> commands ──nothing in flight: wait, without polling──┐
+//!   │      v                                                 │
+//!   │   cancelled requests leave                             │
+//!   │   schedule ─> batch ─> forward ─> commit ─> sample ─> answers ─> ended requests leave
+//!   └────────────────────────────────────────────────────────┘
+//! ```
+//!
+//! Nobody else touches these fields. The thread ends after `Shutdown`, or when every handle is gone and nothing is in
+//! flight, or with a panic of the runner: then all requests fail and the engine is dead for good, because what is in the
+//! pool can no longer be trusted.
+
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use cupola_models::Batch;
+
+use crate::answer::Answer;
+use crate::handle::{Command, Shared, Submission};
+use crate::request::{FinishReason, TokenLogprobs};
+use crate::runner::ModelRunner;
+use crate::sampler::{self, Choice, Scratch, random};
+use crate::scheduler::{Limits, Scheduler, Step};
+use crate::sequence::{Sequence, Sharing};
+
+/// Everything the engine thread owns.
+pub(crate) struct StepLoop {
+    runner: Box<dyn ModelRunner>,
+    shared: Arc<Shared>,
+    commands: Receiver<Command>,
+    eos: Vec<u32>,
+    prefix_caching: bool,
+    scheduler: Scheduler,
+    /// Requests in flight; a sequence knows its place.
+    answers: Vec<Option<Answer>>,
+    arrivals: u64,
+    /// Start of the seeds drawn for requests without one.
+    entropy: u64,
+    batch: Batch,
+    outputs: Vec<Output>,
+    scratch: Scratch,
+    results: Vec<Mutex<Result<Outcome, &'static str>>>,
+}
+
+/// What [`StepLoop::new`] takes.
+pub(crate) struct LoopSetup {
+    pub(crate) runner: Box<dyn ModelRunner>,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) commands: Receiver<Command>,
+    pub(crate) eos: Vec<u32>,
+    pub(crate) prefix_caching: bool,
+    pub(crate) limits: Limits,
+    pub(crate) num_blocks: usize,
+}
+
+/// A row whose logits are wanted.
+#[derive(Clone, Copy, Debug)]
+struct Output {
+    /// Index of its sequence among the running ones.
+    seq: usize,
+    /// Place of its request.
+    slot: usize,
+    purpose: Purpose,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Purpose {
+    /// Choose the token with this index in the answer.
+    Answer(usize),
+    /// Tell how likely this token of the prompt was, beside so many likely ones.
+    Score { token: u32, top: u8 },
+    /// The last row of a prompt that wants no answer.
+    Ignore,
+}
+
+/// What became of a row.
+enum Outcome {
+    Choice(Choice),
+    Score(TokenLogprobs),
+    Nothing,
+}
+
+impl StepLoop {
+    pub(crate) fn new(setup: LoopSetup) -> Self {
+        let LoopSetup { runner, shared, commands, eos, prefix_caching, limits, num_blocks } = setup;
+        shared.metrics.kv_blocks_total.set(num_blocks);
+        Self {
+            runner,
+            shared,
+            commands,
+            eos,
+            prefix_caching,
+            scheduler: Scheduler::new(limits, num_blocks),
+            answers: Vec::new(),
+            arrivals: 0,
+            entropy: RandomState::new().hash_one("seeds of requests without one"),
+            batch: Batch::default(),
+            outputs: Vec::new(),
+            scratch: Scratch::default(),
+            results: Vec::new(),
+        }
+    }
+
+    /// The body of the engine thread.
+    pub(crate) fn run(mut self) {
+        let end = catch_unwind(AssertUnwindSafe(|| self.serve()));
+        // Dead first: whoever submits from here on is told so.
+        self.shared.die();
+        let message = match end {
+            Ok(()) => "the engine is shutting down",
+            Err(_) => {
+                tracing::error!(in_flight = self.answers.iter().flatten().count(), "the engine stopped after a panic");
+                "the engine stopped after a fault"
+            }
+        };
+        self.fail_all(message);
+        while let Ok(command) = self.commands.try_recv() {
+            if let Command::Submit(submission) = command {
+                self.shared.metrics.failed.add(1);
+                submission.events.push(crate::Event::Failed { message: message.to_string() });
+            }
+        }
+    }
+
+    fn serve(&mut self) {
+        loop {
+            if !self.take_commands() {
+                return;
+            }
+            self.drop_cancelled();
+            if !self.scheduler.is_empty() {
+                self.shared.beat();
+                self.step();
+            }
+            self.show_state();
+        }
+    }
+
+    /// Handles what came in; waits for it when nothing is in flight. False when the engine is to end.
+    fn take_commands(&mut self) -> bool {
+        if self.scheduler.is_empty() {
+            self.shared.rest();
+            match self.commands.recv() {
+                Ok(command) => {
+                    if !self.handle(command) {
+                        return false;
+                    }
+                }
+                Err(_) => return false,
+            }
+        }
+        loop {
+            match self.commands.try_recv() {
+                Ok(command) => {
+                    if !self.handle(command) {
+                        return false;
+                    }
+                }
+                // Without handles, what is in flight is still finished for its readers.
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return true,
+            }
+        }
+    }
+
+    fn handle(&mut self, command: Command) -> bool {
+        match command {
+            Command::Submit(submission) => self.enqueue(*submission),
+            Command::ResetPrefixCache => self.scheduler.forget_prefixes(),
+            // Whoever asked may be gone by now.
+            Command::Check(reply) => drop(reply.send(self.scheduler.check())),
+            Command::Shutdown => return false,
+        }
+        true
+    }
+
+    fn enqueue(&mut self, mut submission: Submission) {
+        let request = &mut submission.request;
+        let share = self.prefix_caching && request.use_prefix_cache;
+        // A prompt whose rows are all wanted must be computed; what it computes can serve others.
+        let sharing =
+            Sharing { read: share && request.prompt_logprobs.is_none(), write: share, salt: request.cache_salt };
+        let prompt_len = request.prompt.len();
+        let tokens = request.prompt.clone();
+        let answers = request.stop.max_tokens != Some(0);
+        let scored = request.prompt_logprobs.map(|_| 0);
+        self.arrivals += 1;
+        let drawn_seed = random::mix(self.entropy.wrapping_add(self.arrivals));
+        let answer = Answer::new(submission, &self.eos, self.shared.max_model_len - prompt_len, drawn_seed);
+        let slot = self.answers.iter().position(Option::is_none).unwrap_or(self.answers.len());
+        if slot == self.answers.len() {
+            self.answers.push(None);
+        }
+        self.answers[slot] = Some(answer);
+        self.scheduler.add(Sequence {
+            slot,
+            arrival: self.arrivals,
+            tokens,
+            prompt_len,
+            computed: 0,
+            blocks: Vec::new(),
+            chain: Vec::new(),
+            sharing,
+            answers,
+            scored,
+            cached: None,
+            preemptions: 0,
+        });
+    }
+
+    /// Requests whose reader is gone leave, and their blocks are free before the next step.
+    fn drop_cancelled(&mut self) {
+        let metrics = &self.shared.metrics;
+        let mut cancelled = false;
+        for answer in self.answers.iter_mut().flatten().filter(|answer| answer.events.is_closed()) {
+            let counter = if answer.has_started() { &metrics.cancelled_running } else { &metrics.cancelled_waiting };
+            counter.add(1);
+            (answer.ended, cancelled) = (true, true);
+        }
+        if cancelled {
+            self.drop_ended();
+        }
+    }
+
+    fn drop_ended(&mut self) {
+        let answers = &self.answers;
+        self.scheduler.remove_if(|sequence| answers[sequence.slot].as_ref().is_none_or(|answer| answer.ended));
+        for place in &mut self.answers {
+            place.take_if(|answer| answer.ended);
+        }
+        while self.answers.last().is_some_and(Option::is_none) {
+            self.answers.pop();
+        }
+    }
+
+    fn fail_all(&mut self, message: &str) {
+        let metrics = &self.shared.metrics;
+        self.answers.iter_mut().flatten().for_each(|answer| answer.fail(message, metrics));
+        self.drop_ended();
+        self.show_state();
+    }
+
+    fn show_state(&self) {
+        let metrics = &self.shared.metrics;
+        let report = self.scheduler.report();
+        metrics.running.set(self.scheduler.running().len());
+        metrics.waiting.set(self.scheduler.waiting().len());
+        metrics.kv_blocks_leased.set(report.leased);
+        metrics.kv_blocks_cached.set(report.cached);
+    }
+
+    fn step(&mut self) {
+        let began = Instant::now();
+        let step = self.scheduler.schedule();
+        self.shared.metrics.preemptions.add(step.preempted);
+        if step.spans.is_empty() {
+            return self.refuse_oldest();
+        }
+        let _span = tracing::trace_span!(
+            "step",
+            sequences = step.spans.len(),
+            waiting = self.scheduler.waiting().len(),
+            preempted = step.preempted
+        )
+        .entered();
+        self.start_new(&step, began);
+        self.fill_batch(&step);
+        let computing = Instant::now();
+        let computed = self.runner.forward(&self.batch).and_then(|()| {
+            self.scheduler.commit(&step);
+            self.sample()
+        });
+        let computed_in = computing.elapsed();
+        match computed {
+            Ok(()) => self.settle(&step),
+            Err(message) => self.fail_step(&step, &message),
+        }
+        self.drop_ended();
+        self.note_step(&step, began.elapsed(), computed_in);
+    }
+
+    /// Nothing runs and the oldest request does not fit the pool, which a sound setup rules out.
+    fn refuse_oldest(&mut self) {
+        if let Some(sequence) = self.scheduler.waiting().front()
+            && let Some(answer) = &mut self.answers[sequence.slot]
+        {
+            let total = self.scheduler.report().total;
+            let message = format!("{} tokens do not fit the key/value cache of {total} blocks", sequence.tokens.len());
+            answer.fail(&message, &self.shared.metrics);
+            self.drop_ended();
+        }
+    }
+
+    /// Requests that run for the first time give up their places in the queue.
+    fn start_new(&mut self, step: &Step, now: Instant) {
+        let metrics = &self.shared.metrics;
+        for span in &step.spans {
+            let sequence = &self.scheduler.running()[span.seq];
+            let answer = self.answers[sequence.slot].as_mut().expect("a running sequence has a request");
+            if !answer.has_started() {
+                answer.start(now, metrics);
+                metrics.prompt_tokens.add(sequence.prompt_len);
+                if sequence.sharing.read {
+                    metrics.prefix_queries.add(sequence.prompt_len);
+                    metrics.prefix_hits.add(sequence.cached.unwrap_or(0));
+                }
+            }
+        }
+    }
+
+    fn fill_batch(&mut self, step: &Step) {
+        self.batch.clear();
+        self.outputs.clear();
+        let mut greedy = true;
+        for span in &step.spans {
+            let sequence = &self.scheduler.running()[span.seq];
+            let end = span.start + span.len;
+            let row0 = self.batch.push(&sequence.tokens[span.start..end], span.start, &sequence.blocks);
+            let answer = self.answers[sequence.slot].as_ref().expect("a running sequence has a request");
+            for position in span.first_output.unwrap_or(end)..end {
+                let row = u32::try_from(position - span.start).expect("a span is shorter than 2^32");
+                self.batch.outputs.push(row0 + row);
+                let purpose = match (sequence.tokens.get(position + 1), &answer.prompt_logprobs) {
+                    (Some(&token), Some((top, _))) => Purpose::Score { token, top: *top },
+                    _ if sequence.answers => Purpose::Answer(sequence.generated()),
+                    _ => Purpose::Ignore,
+                };
+                greedy &= matches!(purpose, Purpose::Answer(index) if answer.sampler.is_plain(index));
+                self.outputs.push(Output { seq: span.seq, slot: sequence.slot, purpose });
+            }
+        }
+        self.batch.greedy = greedy;
+    }
+
+    /// Chooses a token for every output row, into `results`.
+    fn sample(&mut self) -> Result<(), String> {
+        self.results.clear();
+        if self.batch.greedy {
+            let tokens = self.runner.argmax();
+            if tokens.len() != self.outputs.len() {
+                return Err(format!("the model gave {} tokens for {} rows", tokens.len(), self.outputs.len()));
+            }
+            let vocab = self.shared.vocab;
+            self.results.extend(tokens.iter().map(|&token| {
+                let choice = Outcome::Choice(Choice { token, logprobs: None });
+                Mutex::new(if (token as usize) < vocab {
+                    Ok(choice)
+                } else {
+                    Err("the model's output is not a number")
+                })
+            }));
+            return Ok(());
+        }
+        self.results.resize_with(self.outputs.len(), || Mutex::new(Ok(Outcome::Nothing)));
+        let (outputs, answers, scratch, results) = (&self.outputs, &self.answers, &self.scratch, &self.results);
+        self.runner.for_each_logits(&|row, logits| {
+            let output = outputs[row];
+            let outcome = match output.purpose {
+                Purpose::Answer(index) => {
+                    let answer = answers[output.slot].as_ref().expect("a running sequence has a request");
+                    answer.sampler.choose(index, logits, scratch).map(Outcome::Choice)
+                }
+                Purpose::Score { token, top } => sampler::score(logits, token, top).map(Outcome::Score),
+                Purpose::Ignore => Ok(Outcome::Nothing),
+            };
+            *results[row].lock().unwrap_or_else(PoisonError::into_inner) = outcome;
+        })
+    }
+
+    /// Gives the sampled tokens to their requests.
+    fn settle(&mut self, step: &Step) {
+        let now = Instant::now();
+        let metrics = &self.shared.metrics;
+        for (output, result) in self.outputs.iter().zip(self.results.drain(..)) {
+            let answer = self.answers[output.slot].as_mut().expect("a running sequence has a request");
+            let sequence = self.scheduler.running_mut(output.seq);
+            match result.into_inner().unwrap_or_else(PoisonError::into_inner) {
+                Err(message) if !answer.ended => answer.fail(message, metrics),
+                Ok(Outcome::Score(logprobs)) => {
+                    let scored = sequence.scored.as_mut().expect("only a scored prompt has scores");
+                    *scored += 1;
+                    if let Some((_, all)) = &mut answer.prompt_logprobs {
+                        all.push(Some(logprobs));
+                    }
+                }
+                Ok(Outcome::Choice(choice)) if !answer.ended => {
+                    answer.send_prompt(sequence.prompt_len);
+                    sequence.tokens.push(choice.token);
+                    answer.accept(choice, sequence, self.shared.text.as_ref(), now, metrics);
+                }
+                _ => {}
+            }
+        }
+        for span in &step.spans {
+            let sequence = &self.scheduler.running()[span.seq];
+            let answer = self.answers[sequence.slot].as_mut().expect("a running sequence has a request");
+            if !sequence.answers && sequence.remaining() == 0 && !answer.ended {
+                answer.send_prompt(sequence.prompt_len);
+                answer.finish((FinishReason::Length, None), sequence, now, metrics);
+            }
+        }
+    }
+
+    /// The forward pass failed: its requests cannot go on, the others can.
+    fn fail_step(&mut self, step: &Step, message: &str) {
+        tracing::error!(sequences = step.spans.len(), error = message, "a forward pass failed");
+        for span in &step.spans {
+            let slot = self.scheduler.running()[span.seq].slot;
+            let answer = self.answers[slot].as_mut().expect("a running sequence has a request");
+            answer.fail(&format!("the model could not compute this request: {message}"), &self.shared.metrics);
+        }
+    }
+
+    fn note_step(&self, step: &Step, took: Duration, computed_in: Duration) {
+        /// Prompts shorter than this say little about the rate of long ones.
+        const RATE_FROM_ROWS: usize = 32;
+        /// Share of a new measurement in the smoothed rate.
+        const NEW: f64 = 0.2;
+        let metrics = &self.shared.metrics;
+        let rows: usize = step.spans.iter().map(|span| span.len).sum();
+        metrics.steps.add(1);
+        metrics.computed_tokens.add(rows);
+        metrics.iteration_tokens.observe(rows as f64);
+        metrics.step_time.observe_duration(took);
+        metrics.step_overhead.observe_duration(took.saturating_sub(computed_in));
+        if rows >= step.spans.len() + RATE_FROM_ROWS {
+            let (rate, old) = (rows as f64 / took.as_secs_f64().max(1e-9), metrics.prefill_rate.get());
+            metrics.prefill_rate.set(if old > 0.0 { old + NEW * (rate - old) } else { rate });
+        }
+    }
+}
