@@ -7,4 +7,5 @@
 //!                  +-- bench ----> bench::serve (HTTP client), bench::kernel (decoder, no server)
 //! ```
 
+pub mod bench;
 pub mod cli;
