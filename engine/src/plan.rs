@@ -1,0 +1,248 @@
+//! Where the memory goes, decided before anything is allocated.
+//!
+//! ```text
+//!   available (cgroup, MemAvailable) ──> weights | key/value pool | arenas
+//!                                                  └─ asked for: as asked, or refused with what would fit
+//!                                                     else: a quarter of what is left, at most 2 GiB, at most what
+//!                                                     all requests at full length need, at least one of them
+//! ```
+//!
+//! The pool is only touched as it fills, so a plan is an upper bound and not what a fresh engine occupies.
+
+use std::fmt;
+
+use cupola_kernels::KvLayout;
+use cupola_kernels::kv::BLOCK_SIZE;
+
+use crate::memory::available_memory;
+use crate::{EngineConfig, Error};
+
+/// Key/value pool by default at most this large.
+const DEFAULT_KV_BYTES: u64 = 2 << 30;
+/// Assumed where the system does not tell what is available.
+const UNKNOWN_AVAILABLE: u64 = 8 << 30;
+
+/// Memory of an engine, in bytes unless named otherwise.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// Packed weights.
+    pub weights_bytes: u64,
+    /// Key/value pool.
+    pub kv_bytes: u64,
+    /// Tokens that the pool holds.
+    pub kv_tokens: usize,
+    /// Blocks of the pool.
+    pub kv_blocks: usize,
+    /// Activations, logits and tables.
+    pub arena_bytes: u64,
+    /// All of it.
+    pub total_bytes: u64,
+    /// Longest prompt plus answer, in tokens.
+    pub max_model_len: usize,
+    /// What the system could give before loading; `None` where it does not tell.
+    pub available_bytes: Option<u64>,
+}
+
+/// What a plan must know about a model.
+#[derive(Clone, Copy, Debug)]
+pub struct ModelFacts {
+    /// Packed weights, in bytes.
+    pub weights_bytes: u64,
+    /// Shape of the key/value pool.
+    pub kv: KvLayout,
+    /// Longest sequence the model was trained for, in tokens.
+    pub max_positions: usize,
+    /// Tokens of the vocabulary.
+    pub vocab: usize,
+    /// Values that one row of a step needs in all activation arenas together.
+    pub row_values: usize,
+}
+
+/// Plans the memory of an engine; `available` is what the system can give, when it tells.
+///
+/// # Errors
+/// [`Error::Memory`] with the number that would fit; [`Error::Config`] for a setting out of range.
+pub fn plan_memory(facts: &ModelFacts, config: &EngineConfig, available: Option<u64>) -> Result<MemoryPlan, Error> {
+    config.validate()?;
+    let free = available.unwrap_or(UNKNOWN_AVAILABLE);
+    let arena_bytes = arena_bytes(facts, config);
+    let fixed = facts.weights_bytes + arena_bytes;
+    let left = free.checked_sub(fixed).ok_or_else(|| Error::Memory {
+        what: "the model's weights with its arenas".into(),
+        needed: fixed,
+        available: free,
+        fits: "take a smaller model or a stronger quantisation".into(),
+    })?;
+    let block = facts.kv.block_bytes() as u64;
+    let asked_len = config.max_model_len;
+    if let Some(asked) = asked_len.filter(|asked| *asked > facts.max_positions) {
+        return Err(Error::Config {
+            field: "max_model_len",
+            expected: format!("at most {}, what the model was trained for", facts.max_positions),
+            got: asked.to_string(),
+        });
+    }
+    let wanted_len = asked_len.unwrap_or(facts.max_positions);
+    let one_sequence = blocks_for(wanted_len) * block;
+    let kv_budget = match config.kv_cache_bytes {
+        Some(asked) if asked > left => {
+            return Err(Error::Memory {
+                what: format!("a key/value cache beside {fixed} bytes of weights and arenas"),
+                needed: asked,
+                available: left,
+                fits: format!("set kv_cache_bytes to at most {left}"),
+            });
+        }
+        Some(asked) => asked,
+        None => {
+            let enough = one_sequence.saturating_mul(config.running_limit() as u64);
+            (left / 4).min(DEFAULT_KV_BYTES).min(enough).max(one_sequence.min(left / 2))
+        }
+    };
+    let kv_blocks = (kv_budget / block).min(u64::from(u32::MAX));
+    let kv_tokens = usize::try_from(kv_blocks).expect("a block index fits a usize") * BLOCK_SIZE;
+    if kv_tokens < 2 || asked_len.is_some_and(|asked| asked > kv_tokens) {
+        return Err(Error::Memory {
+            what: format!("one sequence of {} tokens", asked_len.unwrap_or(BLOCK_SIZE)),
+            needed: asked_len.map_or(block, |_| one_sequence),
+            available: kv_budget,
+            fits: match config.kv_cache_bytes {
+                Some(_) => format!("set max_model_len to at most {kv_tokens}, or kv_cache_bytes to {one_sequence}"),
+                None => format!("set max_model_len to at most {kv_tokens}"),
+            },
+        });
+    }
+    let kv_bytes = kv_blocks * block;
+    Ok(MemoryPlan {
+        weights_bytes: facts.weights_bytes,
+        kv_bytes,
+        kv_tokens,
+        kv_blocks: kv_tokens / BLOCK_SIZE,
+        arena_bytes,
+        total_bytes: fixed + kv_bytes,
+        max_model_len: wanted_len.min(kv_tokens),
+        available_bytes: available,
+    })
+}
+
+/// [`plan_memory`] with what the system says is available now.
+///
+/// # Errors
+/// The same.
+pub fn plan_here(facts: &ModelFacts, config: &EngineConfig) -> Result<MemoryPlan, Error> {
+    plan_memory(facts, config, available_memory())
+}
+
+fn blocks_for(tokens: usize) -> u64 {
+    tokens.div_ceil(BLOCK_SIZE) as u64
+}
+
+/// Activations of every row of a step, and logits of every row that can be sampled in one.
+fn arena_bytes(facts: &ModelFacts, config: &EngineConfig) -> u64 {
+    let activations = config.max_num_batched_tokens as u64 * facts.row_values as u64;
+    let logits = max_outputs(config) as u64 * facts.vocab as u64;
+    (activations + logits) * size_of::<f32>() as u64
+}
+
+/// Rows of a step whose logits can be wanted: one for every running request. Prompt log-probabilities share them.
+pub(crate) fn max_outputs(config: &EngineConfig) -> usize {
+    config.running_limit()
+}
+
+impl fmt::Display for MemoryPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let per_token = self.kv_bytes / self.kv_tokens.max(1) as u64;
+        writeln!(f, "weights   {:>10}", Bytes(self.weights_bytes))?;
+        writeln!(
+            f,
+            "kv cache  {:>10}   {} tokens in {} blocks, {} a token",
+            Bytes(self.kv_bytes),
+            self.kv_tokens,
+            self.kv_blocks,
+            Bytes(per_token)
+        )?;
+        writeln!(f, "arenas    {:>10}", Bytes(self.arena_bytes))?;
+        write!(f, "total     {:>10}", Bytes(self.total_bytes))?;
+        if let Some(available) = self.available_bytes {
+            write!(f, "   of {} available", Bytes(available))?;
+        }
+        write!(f, "\ncontext   {:>10} tokens", self.max_model_len)
+    }
+}
+
+/// Bytes for people.
+struct Bytes(u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
+        let mut value = self.0 as f64 / 1024.0;
+        let mut unit = 0;
+        while value >= 1024.0 && unit + 1 < UNITS.len() {
+            value /= 1024.0;
+            unit += 1;
+        }
+        f.pad(&format!("{value:.1} {}", UNITS[unit]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    /// The shape of a 135-million-parameter Llama.
+    fn facts() -> ModelFacts {
+        let kv = KvLayout { layers: 30, kv_heads: 3, head_dim: 64 };
+        ModelFacts { weights_bytes: 98 << 20, kv, max_positions: 8192, vocab: 49152, row_values: 8000 }
+    }
+
+    #[test]
+    fn the_default_is_small_and_adds_up() {
+        let plan = plan_memory(&facts(), &EngineConfig::default(), Some(16 * GIB)).expect("fits");
+        assert_eq!(plan.max_model_len, 8192);
+        assert!(plan.kv_bytes <= 2 * GIB && plan.kv_tokens >= 8192, "{plan}");
+        assert_eq!(plan.total_bytes, plan.weights_bytes + plan.kv_bytes + plan.arena_bytes);
+        assert_eq!(plan.kv_blocks * BLOCK_SIZE, plan.kv_tokens);
+    }
+
+    #[test]
+    fn few_sequences_need_a_small_pool() {
+        let config = EngineConfig { max_num_seqs: 2, max_model_len: Some(1024), ..EngineConfig::default() };
+        let plan = plan_memory(&facts(), &config, Some(64 * GIB)).expect("fits");
+        assert_eq!((plan.kv_tokens, plan.max_model_len), (2048, 1024));
+    }
+
+    #[test]
+    fn short_memory_shortens_the_context_unless_it_was_asked_for() {
+        let available = Some(facts().weights_bytes + (200 << 20));
+        let plan = plan_memory(&facts(), &EngineConfig::default(), available).expect("fits, shorter");
+        assert!(plan.max_model_len < 8192 && plan.max_model_len == plan.kv_tokens, "{plan}");
+        let config = EngineConfig { max_model_len: Some(8192), ..EngineConfig::default() };
+        let error = plan_memory(&facts(), &config, available).expect_err("too long").to_string();
+        assert!(error.contains(&format!("max_model_len to at most {}", plan.kv_tokens)), "{error}");
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_the_number_that_would() {
+        let config = EngineConfig { kv_cache_bytes: Some(9 * GIB), ..EngineConfig::default() };
+        let error = plan_memory(&facts(), &config, Some(4 * GIB)).expect_err("too much").to_string();
+        assert!(error.contains("kv_cache_bytes to at most"), "{error}");
+        let error = plan_memory(&facts(), &EngineConfig::default(), Some(1 << 20)).expect_err("no room").to_string();
+        assert!(error.contains("smaller model"), "{error}");
+        let config = EngineConfig { max_model_len: Some(9000), ..EngineConfig::default() };
+        let error = plan_memory(&facts(), &config, Some(16 * GIB)).expect_err("untrained").to_string();
+        assert!(error.contains("8192"), "{error}");
+        let config =
+            EngineConfig { kv_cache_bytes: Some(1 << 20), max_model_len: Some(512), ..EngineConfig::default() };
+        let error = plan_memory(&facts(), &config, Some(16 * GIB)).expect_err("small pool").to_string();
+        assert!(error.contains("max_model_len to at most 32"), "{error}");
+    }
+
+    #[test]
+    fn a_plan_reads_as_a_table() {
+        let plan = plan_memory(&facts(), &EngineConfig::default(), Some(16 * GIB)).expect("fits").to_string();
+        assert!(plan.contains("weights     98.0 MiB") && plan.contains("22.5 KiB a token"), "{plan}");
+    }
+}
