@@ -10,10 +10,20 @@
 //!   Model --Decoder::load(backend)--> Decoder   decoder    the one forward pass, over kernels::Backend
 //! ```
 
+mod arch;
 pub mod batch;
+pub mod config;
 pub mod error;
+mod model;
 pub mod spec;
+pub mod template;
+pub mod tokenizer;
+pub mod weights;
 
 pub use batch::Batch;
 pub use error::{Error, Result};
+pub use model::{GenerationDefaults, Model, ModelInfo};
 pub use spec::DecoderSpec;
+pub use template::ChatTemplate;
+pub use tokenizer::Tokenizer;
+pub use weights::Weights;
