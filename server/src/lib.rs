@@ -7,5 +7,21 @@
 //!                  +-- bench ----> bench::serve (HTTP client), bench::kernel (decoder, no server)
 //! ```
 
+mod api;
+pub mod app;
+pub mod auth;
 pub mod bench;
 pub mod cli;
+pub mod config;
+pub mod error;
+mod generation;
+mod host;
+mod json;
+pub mod lifecycle;
+pub mod listen;
+pub mod local;
+pub mod meter;
+mod observe;
+mod request_id;
+mod sse;
+mod ui;
