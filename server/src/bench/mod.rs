@@ -7,6 +7,7 @@
 //!               +--------------> Outcome, one a request --> report           samples --> table
 //! ```
 
+pub mod kernel;
 pub mod random;
 pub mod serve;
 pub mod sse;
