@@ -24,8 +24,12 @@ mod mailbox;
 mod memory;
 pub mod metrics;
 pub mod plan;
+mod prefix;
 pub mod request;
 pub mod runner;
+mod scheduler;
+mod sequence;
+mod stop;
 mod validate;
 
 pub use admission::Permit;

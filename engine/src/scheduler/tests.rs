@@ -1,0 +1,264 @@
+//! The scheduler as a pure function: what goes into a step, who waits, who makes room.
+
+use super::*;
+use crate::sequence::Sharing;
+
+fn scheduler(max_seqs: usize, max_rows: usize, num_blocks: usize) -> Scheduler {
+    Scheduler::new(Limits { max_seqs, max_rows, max_outputs: max_seqs }, num_blocks)
+}
+
+/// `len` tokens that differ from those of every other `kind`.
+fn prompt(kind: u32, len: usize) -> Vec<u32> {
+    (0..len).map(|i| kind * 10_000 + u32::try_from(i).expect("small")).collect()
+}
+
+fn add(scheduler: &mut Scheduler, arrival: u64, tokens: Vec<u32>) {
+    scheduler.add(Sequence::for_test(arrival, tokens));
+}
+
+/// Plans and commits a step, appends a token to every sequence that sampled, and gives `(arrival, start, len)` of its
+/// spans.
+fn step(scheduler: &mut Scheduler) -> Vec<(u64, usize, usize)> {
+    let step = scheduler.schedule();
+    scheduler.check().expect("whole after schedule");
+    let rows: usize = step.spans.iter().map(|span| span.len).sum();
+    assert!(rows <= scheduler.limits.max_rows);
+    scheduler.commit(&step);
+    let seen = step.spans.iter().map(|span| (scheduler.running[span.seq].arrival, span.start, span.len)).collect();
+    for span in &step.spans {
+        let sequence = scheduler.running_mut(span.seq);
+        if sequence.remaining() == 0 {
+            assert_eq!(span.first_output, Some(span.start + span.len - 1));
+            sequence.tokens.push(7);
+        }
+    }
+    scheduler.check().expect("whole after commit");
+    seen
+}
+
+fn finish(scheduler: &mut Scheduler, arrival: u64) {
+    scheduler.remove_if(|sequence| sequence.arrival == arrival);
+    scheduler.check().expect("whole after a sequence left");
+}
+
+#[test]
+fn decode_rows_come_first_and_chunks_fill_the_rest() {
+    let mut s = scheduler(4, 40, 100);
+    add(&mut s, 0, prompt(0, 10));
+    add(&mut s, 1, prompt(1, 100));
+    assert_eq!(step(&mut s), [(0, 0, 10), (1, 0, 30)]);
+    assert_eq!(step(&mut s), [(0, 10, 1), (1, 30, 39)]);
+    add(&mut s, 2, prompt(2, 50));
+    assert_eq!(step(&mut s), [(0, 11, 1), (1, 69, 31), (2, 0, 8)]);
+    assert_eq!(step(&mut s), [(0, 12, 1), (1, 100, 1), (2, 8, 38)]);
+}
+
+#[test]
+fn slots_limit_admission() {
+    let mut s = scheduler(2, 64, 100);
+    (0..3).for_each(|i| add(&mut s, i, prompt(u32::try_from(i).expect("small"), 5)));
+    assert_eq!(step(&mut s), [(0, 0, 5), (1, 0, 5)]);
+    finish(&mut s, 0);
+    assert_eq!(step(&mut s), [(1, 5, 1), (2, 0, 5)]);
+}
+
+#[test]
+fn admission_is_in_order_and_waits_for_the_whole_prompt() {
+    let mut s = scheduler(4, 512, 4);
+    add(&mut s, 0, prompt(0, 90));
+    add(&mut s, 1, prompt(1, 60));
+    add(&mut s, 2, prompt(2, 5));
+    assert_eq!(step(&mut s), [(0, 0, 90)], "the second needs two blocks, one is left; the third may not pass it");
+    finish(&mut s, 0);
+    assert_eq!(step(&mut s), [(1, 0, 60), (2, 0, 5)]);
+}
+
+#[test]
+fn blocks_promised_to_a_running_prompt_are_not_given_away() {
+    let mut s = scheduler(4, 32, 4);
+    add(&mut s, 0, prompt(0, 96));
+    add(&mut s, 1, prompt(1, 60));
+    assert_eq!(step(&mut s), [(0, 0, 32)]);
+    assert_eq!(step(&mut s), [(0, 32, 32)]);
+    assert_eq!(step(&mut s), [(0, 64, 32)]);
+    assert_eq!(step(&mut s), [(0, 96, 1)], "the fourth block went to the first answer");
+}
+
+#[test]
+fn the_youngest_makes_room_and_comes_back_with_its_tokens() {
+    let mut s = scheduler(4, 512, 4);
+    add(&mut s, 0, prompt(0, 62));
+    add(&mut s, 1, prompt(1, 62));
+    assert_eq!(step(&mut s).len(), 2);
+    // Both answers grow to 64 tokens, which fill two blocks each; the 65th token of the first needs a fifth block.
+    step(&mut s);
+    step(&mut s);
+    let planned = s.schedule();
+    assert_eq!(planned.preempted, 1);
+    assert_eq!(planned.spans.len(), 1);
+    assert_eq!(s.waiting[0].arrival, 1);
+    assert_eq!(s.waiting[0].generated(), 3);
+    s.commit(&planned);
+    s.running_mut(0).tokens.push(7);
+    s.check().expect("whole");
+    assert_eq!(step(&mut s), [(0, 65, 1)], "its place is not given back while it does not fit");
+    finish(&mut s, 0);
+    assert_eq!(step(&mut s), [(1, 32, 33)], "one of its blocks was still cached");
+    assert_eq!(s.running[0].preemptions, 1);
+}
+
+#[test]
+fn prompts_that_hold_everything_make_room_too() {
+    let mut s = scheduler(4, 512, 6);
+    for i in 0..2 {
+        add(&mut s, i, prompt(u32::try_from(i).expect("small"), 96));
+    }
+    step(&mut s);
+    // A chunk in progress that was promised blocks, taken by others in between.
+    let chunk = s.running.pop().expect("two run");
+    s.blocks.release(&chunk.blocks);
+    s.check().expect("whole");
+    for _ in 0..40 {
+        step(&mut s);
+    }
+    assert_eq!(s.running.len(), 1);
+}
+
+#[test]
+fn a_prefix_in_the_cache_is_not_computed_again_but_for_the_last_token() {
+    let mut s = scheduler(4, 512, 20);
+    add(&mut s, 0, prompt(0, 64));
+    step(&mut s);
+    finish(&mut s, 0);
+    add(&mut s, 1, prompt(0, 64));
+    assert_eq!(step(&mut s), [(1, 32, 32)], "the last token is computed, and so is its block");
+    assert_eq!(s.running[0].cached, Some(32));
+    let longer: Vec<u32> = prompt(0, 64).into_iter().chain([1, 2, 3]).collect();
+    add(&mut s, 2, longer);
+    assert_eq!(step(&mut s), [(1, 64, 1), (2, 64, 3)]);
+}
+
+#[test]
+fn generated_tokens_are_cached_as_well() {
+    let mut s = scheduler(4, 512, 20);
+    add(&mut s, 0, prompt(0, 30));
+    (0..4).for_each(|_| drop(step(&mut s)));
+    let conversation: Vec<u32> = s.running[0].tokens.iter().copied().chain([1, 2]).collect();
+    finish(&mut s, 0);
+    add(&mut s, 1, conversation);
+    assert_eq!(step(&mut s), [(1, 32, 4)]);
+}
+
+#[test]
+fn equal_prompts_compute_their_prefix_once() {
+    let mut s = scheduler(8, 512, 60);
+    (0..4).for_each(|i| add(&mut s, i, prompt(0, 100)));
+    assert_eq!(step(&mut s), [(0, 0, 100)], "the others wait for its blocks");
+    assert_eq!(step(&mut s), [(0, 100, 1), (1, 96, 4), (2, 96, 4), (3, 96, 4)]);
+}
+
+#[test]
+fn a_chunked_prefix_is_shared_while_it_is_computed() {
+    let mut s = scheduler(8, 50, 60);
+    add(&mut s, 0, prompt(0, 100));
+    add(&mut s, 1, prompt(0, 100));
+    add(&mut s, 2, prompt(2, 20));
+    let computed: usize = (0..4).flat_map(|_| step(&mut s)).filter(|(who, ..)| *who < 2).map(|(.., len)| len).sum();
+    assert!(computed <= 100 + 4 + 8, "{computed} rows for one prefix of 96 tokens and two ends of 4");
+}
+
+#[test]
+fn others_pass_a_sequence_that_waits_for_a_prefix() {
+    let mut s = scheduler(8, 512, 60);
+    add(&mut s, 0, prompt(0, 40));
+    add(&mut s, 1, prompt(0, 40));
+    add(&mut s, 2, prompt(2, 20));
+    assert_eq!(step(&mut s), [(0, 0, 40), (2, 0, 20)]);
+    assert_eq!(step(&mut s), [(0, 40, 1), (2, 20, 1), (1, 32, 8)]);
+    assert!(s.running.is_sorted_by_key(|sequence| sequence.arrival));
+}
+
+#[test]
+fn a_waiter_takes_over_when_the_owner_leaves() {
+    let mut s = scheduler(8, 40, 60);
+    add(&mut s, 0, prompt(0, 100));
+    add(&mut s, 1, prompt(0, 100));
+    assert_eq!(step(&mut s), [(0, 0, 40)]);
+    finish(&mut s, 0);
+    assert_eq!(step(&mut s), [(1, 32, 40)], "one block was written, the announced one was withdrawn");
+}
+
+#[test]
+fn salts_and_private_sequences_do_not_share() {
+    let mut s = scheduler(8, 512, 60);
+    for (arrival, read, write, salt) in [(0, true, true, 1), (1, true, true, 2), (2, false, false, 1)] {
+        let sharing = Sharing { read, write, salt };
+        s.add(Sequence { sharing, ..Sequence::for_test(arrival, prompt(0, 64)) });
+    }
+    assert_eq!(step(&mut s), [(0, 0, 64), (1, 0, 64), (2, 0, 64)]);
+}
+
+#[test]
+fn scored_prompts_share_the_outputs_of_a_step() {
+    let mut s = Scheduler::new(Limits { max_seqs: 4, max_rows: 64, max_outputs: 8 }, 60);
+    add(&mut s, 0, prompt(0, 3));
+    s.add(Sequence { scored: Some(0), ..Sequence::for_test(1, prompt(1, 20)) });
+    let planned = s.schedule();
+    assert_eq!(planned.spans[1], Span { seq: 1, start: 0, len: 7, first_output: Some(0) });
+    s.commit(&planned);
+    s.running_mut(0).tokens.push(7);
+    s.running_mut(1).scored = Some(7);
+    let planned = s.schedule();
+    assert_eq!(planned.spans[1], Span { seq: 1, start: 7, len: 7, first_output: Some(7) });
+}
+
+#[test]
+fn rows_scored_before_a_preemption_are_not_scored_again() {
+    let mut sequence = Sequence { scored: Some(10), ..Sequence::for_test(0, prompt(0, 20)) };
+    assert_eq!(sequence.first_output(0, 8), None);
+    assert_eq!(sequence.first_output(0, 16), Some(10));
+    sequence.scored = Some(19);
+    assert_eq!(sequence.first_output(0, 19), None);
+    assert_eq!(sequence.first_output(0, 20), Some(19));
+    sequence.answers = false;
+    assert_eq!(sequence.first_output(0, 20), None);
+}
+
+/// Random arrivals, departures and lengths over a small pool: no table ever breaks, and everyone finishes.
+#[test]
+fn a_random_day_keeps_every_table_whole() {
+    for seed in 0..20u64 {
+        let mut random = seed * 7919 + 1;
+        let mut draw = |below: u64| {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (random >> 33) % below
+        };
+        let mut s = scheduler(6, 24 + usize::try_from(draw(100)).expect("small"), 8);
+        let (mut arrivals, mut left, mut steps) = (0, 0, 0);
+        while left < 60 {
+            steps += 1;
+            assert!(steps < 20_000, "seed {seed}: no progress");
+            if arrivals < 60 && draw(3) == 0 {
+                let kind = u32::try_from(draw(3)).expect("small");
+                let len = 1 + usize::try_from(draw(180)).expect("small");
+                add(&mut s, arrivals, prompt(kind, len));
+                arrivals += 1;
+            }
+            step(&mut s);
+            if !s.is_empty() && s.running.is_empty() {
+                panic!("seed {seed}: sequences wait and none runs");
+            }
+            let most = 8 * BLOCK_SIZE;
+            let gone: Vec<u64> = s
+                .running
+                .iter()
+                .chain(&s.waiting)
+                .filter(|sequence| sequence.generated() >= 40 || sequence.tokens.len() >= most || draw(200) == 0)
+                .map(|sequence| sequence.arrival)
+                .collect();
+            left += gone.len();
+            gone.into_iter().for_each(|arrival| finish(&mut s, arrival));
+        }
+        assert_eq!(s.report().leased, 0);
+    }
+}

@@ -1,0 +1,113 @@
+//! One request as the scheduler sees it: tokens, how many of them are computed, and the blocks they are in.
+//!
+//! ```text
+//!   tokens    [ prompt ............................ | generated ..... ]
+//!   computed  [ in the pool ................. )  remaining: the next rows
+//!   blocks    [ 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 ]  cover at least what is computed
+//!   chain     [ a | b | c | d | e ]              prefix nodes of the first whole blocks
+//! ```
+//!
+//! A sequence that decodes has exactly one remaining token. A preempted one has no blocks and computes everything again,
+//! generated tokens included; they were sent already and are not sent twice.
+
+use cupola_kernels::BlockId;
+use cupola_kernels::kv::BLOCK_SIZE;
+
+use crate::prefix::{NodeId, Parent};
+
+/// A request's tokens and blocks.
+#[derive(Debug)]
+pub(crate) struct Sequence {
+    /// Where the step loop keeps the rest of the request.
+    pub(crate) slot: usize,
+    /// Order of arrival; lower is older.
+    pub(crate) arrival: u64,
+    /// Prompt and generated tokens.
+    pub(crate) tokens: Vec<u32>,
+    /// Length of the prompt.
+    pub(crate) prompt_len: usize,
+    /// Tokens whose keys and values are in the pool.
+    pub(crate) computed: usize,
+    pub(crate) blocks: Vec<BlockId>,
+    pub(crate) chain: Vec<NodeId>,
+    pub(crate) sharing: Sharing,
+    /// False for a request that wants no answer, only its prompt computed.
+    pub(crate) answers: bool,
+    /// For prompt log-probabilities: rows of the prompt whose logits were given already.
+    pub(crate) scored: Option<usize>,
+    /// Prompt tokens found in the prefix cache when the sequence first ran.
+    pub(crate) cached: Option<usize>,
+    pub(crate) preemptions: usize,
+}
+
+/// What a sequence has to do with the prefix cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Sharing {
+    /// Takes blocks from it.
+    pub(crate) read: bool,
+    /// Leaves blocks in it.
+    pub(crate) write: bool,
+    /// Shares only within this salt.
+    pub(crate) salt: u64,
+}
+
+impl Sequence {
+    /// Tokens that are not computed; 1 while decoding.
+    pub(crate) fn remaining(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// Tokens generated so far.
+    pub(crate) fn generated(&self) -> usize {
+        self.tokens.len() - self.prompt_len
+    }
+
+    /// Blocks that `tokens` tokens fill or touch.
+    pub(crate) fn blocks_for(tokens: usize) -> usize {
+        tokens.div_ceil(BLOCK_SIZE)
+    }
+
+    /// Tokens of the `i`-th block, which must be whole.
+    pub(crate) fn block_tokens(&self, i: usize) -> &[u32] {
+        &self.tokens[i * BLOCK_SIZE..(i + 1) * BLOCK_SIZE]
+    }
+
+    /// The beginning before block `i`, where `chain` is the nodes of the blocks before it.
+    pub(crate) fn parent(&self, chain: &[NodeId]) -> Parent {
+        chain.last().map_or(Parent::Root(self.sharing.salt), |node| Parent::Node(*node))
+    }
+
+    /// First row of `start..start + len` whose logits are wanted, and all after it up to the end; `None` for none.
+    ///
+    /// ```text
+    ///   rows      start ................................. start + len
+    ///   answer                                            x   the last token known
+    ///   scores        scored .................. prompt_len - 1
+    /// ```
+    pub(crate) fn first_output(&self, start: usize, len: usize) -> Option<usize> {
+        let end = start + len;
+        let scores = self.scored.filter(|scored| *scored + 1 < self.prompt_len && *scored < end);
+        let answer = (self.answers && end == self.tokens.len()).then_some(end - 1);
+        scores.map(|scored| scored.max(start)).or(answer)
+    }
+}
+
+#[cfg(test)]
+impl Sequence {
+    pub(crate) fn for_test(arrival: u64, tokens: Vec<u32>) -> Self {
+        Self {
+            slot: usize::try_from(arrival).expect("small"),
+            arrival,
+            prompt_len: tokens.len(),
+            tokens,
+            computed: 0,
+            blocks: Vec::new(),
+            chain: Vec::new(),
+            sharing: Sharing { read: true, write: true, salt: 0 },
+            answers: true,
+            scored: None,
+            cached: None,
+            preemptions: 0,
+        }
+    }
+}
