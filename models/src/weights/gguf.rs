@@ -19,7 +19,7 @@ use cupola_kernels::WeightType;
 
 use super::{Tensor, TensorType, Weights};
 use crate::error::{Error, Result};
-use crate::weights::mapped::MappedFile;
+use cupola_kernels::memory::MappedFile;
 
 /// Keys and tensors that a file may have. Real files stay below 100 keys and 3,000 tensors.
 const MAX_KEYS: u64 = 1 << 16;

@@ -13,14 +13,13 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::weights::mapped::MappedFile;
+use cupola_kernels::memory::MappedFile;
 use cupola_kernels::{WeightPart, WeightType};
 use half::{bf16, f16};
 
 use crate::error::{Error, Result};
 
 pub mod gguf;
-mod mapped;
 pub mod safetensors;
 
 /// Element type of a stored tensor.
