@@ -10,6 +10,7 @@ export function serverTests(options) {
     { name: "copies an answer", run: copies, permissions: ["clipboard-read", "clipboard-write"] },
     { name: "starts a new chat, also in the middle of an answer", run: startsAnew, settings: { maxTokens: "2000" } },
     { name: "tells screen readers the answer", run: announces },
+    { name: "follows a long answer until the reader scrolls up", run: follows, settings: { maxTokens: "2000" }, viewport: { width: 600, height: 400 } },
     { name: "sends the system prompt", run: sendsSystemPrompt, settings: { system: "You are brief." } },
     { name: "says when max tokens cut the answer", run: reachesTheLimit, settings: { maxTokens: "3" } },
   ];
@@ -137,6 +138,22 @@ async function announces(tab) {
   const spoken = await tab.page.locator("#announcer[aria-live=polite]").innerText();
   assert.ok(spoken.includes(answer.trim().split("\n")[0]), `announced ${JSON.stringify(spoken)}`);
   assert.match(spoken, /Answer complete|max tokens/);
+}
+
+async function follows(tab) {
+  await tab.ready();
+  const left = () => tab.page.evaluate(() => document.documentElement.scrollHeight - scrollY - innerHeight);
+  await tab.type("Write a very long story about a mountain, with many chapters.");
+  await tab.page.waitForFunction(() => document.documentElement.scrollHeight > innerHeight + 300);
+  assert.ok((await left()) < 100, "the newest text is in sight");
+  await tab.page.mouse.move(300, 200);
+  await tab.page.mouse.wheel(0, -250);
+  await tab.page.locator("#to-latest").waitFor();
+  await tab.idle();
+  assert.ok((await left()) >= 200, "the page stays where the reader went");
+  await tab.page.locator("#to-latest").press("Enter");
+  assert.ok((await left()) < 2);
+  await tab.page.locator("#to-latest").waitFor({ state: "hidden" });
 }
 
 async function sendsSystemPrompt(tab) {

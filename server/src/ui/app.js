@@ -25,7 +25,7 @@ let heldByKey = null; // the turn to run once a key is given
 async function ask(question) {
   if (running || question.trim() === "") return false;
   if (!modelChoice.value) await loadModels();
-  if (!modelChoice.value) return false;
+  if (running || !modelChoice.value) return false; // waiting for the models gave time to ask twice
   const turn = new Turn(question, { onAgain: () => run(turn) });
   turns.push(turn);
   log.append(turn.node);
@@ -199,6 +199,7 @@ async function submit(event) {
 const page = document.scrollingElement;
 const atEnd = () => page.scrollHeight - page.scrollTop - page.clientHeight < 48;
 let following = true;
+let lastTop = 0;
 
 function scrollToEnd() {
   following = true;
@@ -208,7 +209,9 @@ function scrollToEnd() {
 // Follows the growing answer until the reader scrolls up, and again once they are back at the end.
 function followAnswer() {
   addEventListener("scroll", () => {
-    following = atEnd();
+    // Not at the end is not enough: this event may come after more text did.
+    following = atEnd() || (following && page.scrollTop >= lastTop);
+    lastTop = page.scrollTop;
     byId("to-latest").hidden = following;
   }, { passive: true });
   new ResizeObserver(() => {
