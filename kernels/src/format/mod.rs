@@ -46,6 +46,14 @@ impl WeightType {
         cols.is_multiple_of(self.block_len()).then(|| (cols / self.block_len()).checked_mul(self.block_bytes()))?
     }
 
+    /// Turns the bytes of whole rows into `out.len()` values: the plain meaning of a format, for tests and tools.
+    ///
+    /// # Panics
+    /// When `bytes` has not the length of that many values.
+    pub fn dequantise(self, bytes: &[u8], out: &mut [f32]) {
+        ggml::dequantise_row(self, bytes, out);
+    }
+
     /// Name as ggml writes it.
     pub const fn name(self) -> &'static str {
         match self {
