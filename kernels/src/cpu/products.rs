@@ -32,10 +32,7 @@ impl Work {
     pub(super) fn new() -> Result<Self> {
         let what = "scratch memory of a worker";
         let stage = || Arena::zeroed(GROUP, what);
-        Ok(Self {
-            stages: [stage()?, stage()?, stage()?, stage()?],
-            unpacked: Arena::zeroed(0, what)?,
-        })
+        Ok(Self { stages: [stage()?, stage()?, stage()?, stage()?], unpacked: Arena::zeroed(0, what)? })
     }
 
     /// Grows the scratch for rows of `cols` columns.

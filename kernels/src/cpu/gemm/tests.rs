@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::{GROUP, Group, IntDot, Lanes, multiply, scalar};
+use super::{GROUP, Group, Lanes, multiply, scalar};
 use crate::WeightType;
 use crate::cpu::act::{Act, Form};
 use crate::cpu::isa::Isa;
@@ -116,14 +116,8 @@ fn as_read(ty: WeightType, row: &[f32]) -> Vec<f64> {
     out
 }
 
-const TYPES: [WeightType; 6] = [
-    WeightType::F32,
-    WeightType::F16,
-    WeightType::Bf16,
-    WeightType::Q4_0,
-    WeightType::Q4_1,
-    WeightType::Q8_0,
-];
+const TYPES: [WeightType; 6] =
+    [WeightType::F32, WeightType::F16, WeightType::Bf16, WeightType::Q4_0, WeightType::Q4_1, WeightType::Q8_0];
 
 #[test]
 fn every_type_and_tile_agrees_with_the_definition() {
@@ -149,7 +143,10 @@ fn every_type_and_tile_agrees_with_the_definition() {
                         let (sum, size) = terms.fold((0.0, 0.0), |(s, a), t| (s + t, a + t.abs()));
                         // The offset of unsigned weights cancels: its terms count towards the size too.
                         let size = if ty == WeightType::Q8_0 { size * 4.0 } else { size * 2.0 };
-                        assert!((f64::from(got) - sum).abs() <= 3e-6 * size + 1e-12, "{isa:?} {ty:?} {cols}: {got} {sum}");
+                        assert!(
+                            (f64::from(got) - sum).abs() <= 3e-6 * size + 1e-12,
+                            "{isa:?} {ty:?} {cols}: {got} {sum}"
+                        );
                     }
                 }
                 for rows in ROWS {
