@@ -6,7 +6,7 @@ use super::{GROUP, Group, Lanes, multiply, scalar};
 use crate::WeightType;
 use crate::cpu::act::{Act, Form};
 use crate::cpu::isa::Isa;
-use crate::cpu::products::tile_rows;
+use crate::cpu::products::{scratch_bytes, tile_rows};
 use crate::cpu::simd::{Kernel, Simd, dispatch};
 use crate::format::ggml::BLOCK;
 use crate::format::pack::{Offset, PANEL, PanelBlock, Q4_0x16, Q4_1x16, Q8_0x16, pack_panel, panel_row};
@@ -72,34 +72,17 @@ fn activations(isa: Isa, rows: &[Vec<f32>], form: Form) -> Act {
     act
 }
 
-struct Multiply<'a> {
-    ty: WeightType,
-    panel: &'a [u8],
-    act: &'a Act,
-    rows: usize,
-    form: Form,
-}
-
-impl Kernel for Multiply<'_> {
-    type Output = Vec<Lanes>;
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> Vec<Lanes> {
-        let acts = self.act.read("test", self.rows, self.form).unwrap();
-        let mut scratch = Arena::zeroed(S::scratch_bytes(acts.cols), "test").unwrap();
-        let mut out = vec![[f32::NAN; PANEL]; self.rows];
-        for group in Group::split(acts) {
-            let out = &mut out[group.first()..][..group.len()];
-            multiply(s, (self.ty, self.panel), group, &mut scratch, out);
-        }
-        out
-    }
-}
-
 fn product(isa: Isa, ty: WeightType, panel: &[u8], x: &[Vec<f32>]) -> Vec<Lanes> {
     let form = Form { int8: ty.block_len() != 1, float: ty.block_len() == 1 };
     let act = activations(isa, x, form);
-    dispatch(isa, Multiply { ty, panel, act: &act, rows: x.len(), form })
+    let acts = act.read("test", x.len(), form).unwrap();
+    let mut scratch = Arena::zeroed(scratch_bytes(isa, acts.cols), "test").unwrap();
+    let mut out = vec![[f32::NAN; PANEL]; x.len()];
+    for group in Group::split(acts) {
+        let out = &mut out[group.first()..][..group.len()];
+        multiply(isa, ty, panel, group, (&mut scratch, out));
+    }
+    out
 }
 
 /// What a kernel reads of a row: for block weights, the row after quantisation.
