@@ -1,6 +1,6 @@
 //! Weight types as they lie in files, and their sizes.
 
-pub(crate) mod ggml;
+pub mod ggml;
 pub(crate) mod pack;
 
 /// Element or block type of a weight tensor (names and layouts: ggml, <https://github.com/ggml-org/ggml>).
