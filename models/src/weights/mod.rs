@@ -21,6 +21,10 @@ use crate::error::{Error, Result};
 
 pub mod gguf;
 pub mod safetensors;
+#[cfg(test)]
+mod tests;
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod writer;
 
 /// Element type of a stored tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,6 +66,11 @@ pub struct Weights {
 impl Weights {
     pub(crate) fn new(files: Vec<(PathBuf, MappedFile)>, tensors: BTreeMap<String, Tensor>) -> Self {
         Self { files, tensors }
+    }
+
+    /// The weight file, the first one where there are several.
+    pub fn path(&self) -> &Path {
+        self.files.first().map_or(Path::new(""), |(path, _)| path)
     }
 
     /// Names of all tensors, sorted.
@@ -160,8 +169,7 @@ impl Weights {
 
     fn known(&self, name: &str) -> Result<(&Tensor, WeightType)> {
         let Some(tensor) = self.tensors.get(name) else {
-            let path = self.files.first().map_or_else(PathBuf::new, |(path, _)| path.clone());
-            return Err(Error::Missing { path, what: format!("tensor {name}") });
+            return Err(Error::Missing { path: self.path().to_owned(), what: format!("tensor {name}") });
         };
         match &tensor.ty {
             TensorType::Known(ty) => Ok((tensor, *ty)),
