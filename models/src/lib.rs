@@ -10,10 +10,23 @@
 //!   Model --Decoder::load(backend)--> Decoder   decoder    the one forward pass, over kernels::Backend
 //! ```
 
+mod arch;
 pub mod batch;
+pub mod decoder;
+pub mod config;
 pub mod error;
+pub mod hub;
+mod model;
 pub mod spec;
+pub mod template;
+pub mod tokenizer;
+pub mod weights;
 
 pub use batch::Batch;
+pub use decoder::{Decoder, DecoderLimits};
 pub use error::{Error, Result};
+pub use model::{GenerationDefaults, Model, ModelInfo};
 pub use spec::DecoderSpec;
+pub use template::ChatTemplate;
+pub use tokenizer::Tokenizer;
+pub use weights::Weights;

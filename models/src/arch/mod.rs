@@ -1,0 +1,210 @@
+//! Model families: a function each from metadata to [`DecoderSpec`].
+//!
+//! ```text
+//!   GGUF keys    general.architecture = "llama"   --\
+//!                                                    family table --> llama::from_gguf | llama::from_config --> DecoderSpec
+//!   config.json  model_type = "llama", "mistral"  --/
+//! ```
+//!
+//! A new family is a file beside `llama.rs` and a row in each table below.
+
+use std::path::Path;
+
+use crate::config::HfConfig;
+use crate::error::{Error, Result};
+use crate::spec::{DecoderSpec, RopeSpec, TensorNames};
+use crate::weights::Weights;
+use crate::weights::gguf::Gguf;
+
+mod llama;
+
+type FromGguf = fn(&Gguf, &str) -> Result<DecoderSpec>;
+type FromConfig = fn(&HfConfig) -> Result<DecoderSpec>;
+
+/// `general.architecture` of GGUF files. Llama 2 and 3, SmolLM2 and Mistral all call themselves `llama` there.
+const GGUF_FAMILIES: &[(&str, FromGguf)] = &[("llama", llama::from_gguf)];
+
+/// `model_type` of `config.json`.
+const CONFIG_FAMILIES: &[(&str, FromConfig)] = &[("llama", llama::from_config), ("mistral", llama::from_config)];
+
+/// Names in GGUF files, the same for every family.
+pub(crate) const GGUF_NAMES: TensorNames = TensorNames {
+    embedding: "token_embd.weight",
+    head: "output.weight",
+    final_norm: "output_norm.weight",
+    attn_norm: "blk.{}.attn_norm.weight",
+    q: "blk.{}.attn_q.weight",
+    k: "blk.{}.attn_k.weight",
+    v: "blk.{}.attn_v.weight",
+    o: "blk.{}.attn_output.weight",
+    q_norm: "blk.{}.attn_q_norm.weight",
+    k_norm: "blk.{}.attn_k_norm.weight",
+    attn_post_norm: "blk.{}.post_attention_norm.weight",
+    ffn_norm: "blk.{}.ffn_norm.weight",
+    gate: "blk.{}.ffn_gate.weight",
+    up: "blk.{}.ffn_up.weight",
+    down: "blk.{}.ffn_down.weight",
+    ffn_post_norm: "blk.{}.post_ffw_norm.weight",
+};
+
+/// Names in Hugging Face checkpoints of the Llama family.
+pub(crate) const HF_NAMES: TensorNames = TensorNames {
+    embedding: "model.embed_tokens.weight",
+    head: "lm_head.weight",
+    final_norm: "model.norm.weight",
+    attn_norm: "model.layers.{}.input_layernorm.weight",
+    q: "model.layers.{}.self_attn.q_proj.weight",
+    k: "model.layers.{}.self_attn.k_proj.weight",
+    v: "model.layers.{}.self_attn.v_proj.weight",
+    o: "model.layers.{}.self_attn.o_proj.weight",
+    q_norm: "model.layers.{}.self_attn.q_norm.weight",
+    k_norm: "model.layers.{}.self_attn.k_norm.weight",
+    attn_post_norm: "",
+    ffn_norm: "model.layers.{}.post_attention_layernorm.weight",
+    gate: "model.layers.{}.mlp.gate_proj.weight",
+    up: "model.layers.{}.mlp.up_proj.weight",
+    down: "model.layers.{}.mlp.down_proj.weight",
+    ffn_post_norm: "",
+};
+
+/// Sizes beyond which metadata is taken for damaged, so that no later product of them overflows.
+const MAX_LAYERS: usize = 1 << 12;
+const MAX_WIDTH: usize = 1 << 20;
+const MAX_POSITIONS: usize = 1 << 24;
+
+/// The spec of a GGUF file.
+///
+/// # Errors
+/// [`Error::Unsupported`] for an unknown architecture, [`Error::Missing`] or [`Error::Format`] for bad metadata.
+pub(crate) fn from_gguf(gguf: &Gguf) -> Result<DecoderSpec> {
+    let name = gguf.text("general.architecture")?.ok_or_else(|| gguf.missing("general.architecture"))?;
+    let family = lookup(GGUF_FAMILIES, name)?;
+    checked(family(gguf, name)?, gguf.path())
+}
+
+/// The spec behind a `config.json`.
+///
+/// # Errors
+/// As [`from_gguf`].
+pub(crate) fn from_config(config: &HfConfig) -> Result<DecoderSpec> {
+    let family = lookup(CONFIG_FAMILIES, config.text("model_type")?)?;
+    checked(family(config)?, config.path())
+}
+
+fn lookup<F: Copy>(families: &[(&str, F)], name: &str) -> Result<F> {
+    match families.iter().find(|(known, _)| *known == name) {
+        Some((_, family)) => Ok(*family),
+        None => Err(Error::Unsupported {
+            what: format!("architecture {name}"),
+            hint: format!("known ones are {}", families.iter().map(|(known, _)| *known).collect::<Vec<_>>().join(", ")),
+        }),
+    }
+}
+
+/// Refuses shapes that no model has.
+fn checked(spec: DecoderSpec, path: &Path) -> Result<DecoderSpec> {
+    let heads = spec.heads;
+    let sizes = [
+        ("number of layers", spec.layers, MAX_LAYERS),
+        ("hidden size", spec.hidden, MAX_WIDTH),
+        ("number of attention heads", heads.heads, MAX_WIDTH),
+        ("number of key/value heads", heads.kv_heads, heads.heads),
+        ("head dimension", heads.head_dim, 1 << 12),
+        ("feed-forward size", spec.ffn, MAX_WIDTH),
+        ("vocabulary size", spec.vocab, 1 << 24),
+        ("context length", spec.max_positions, MAX_POSITIONS),
+    ];
+    let bad = |what: String| Err(Error::Format { path: path.to_owned(), what });
+    for (what, size, max) in sizes {
+        if size == 0 || size > max {
+            return bad(format!("its {what} is {size}, expected 1 to {max}"));
+        }
+    }
+    if !heads.heads.is_multiple_of(heads.kv_heads) {
+        return bad(format!(
+            "{} attention heads are not a multiple of {} key/value heads",
+            heads.heads, heads.kv_heads
+        ));
+    }
+    if !heads.head_dim.is_multiple_of(2) {
+        return bad(format!("its head dimension is {}, expected an even number", heads.head_dim));
+    }
+    if !(spec.norm_eps.is_finite() && spec.norm_eps > 0.0) {
+        return bad(format!("the epsilon of its norms is {}, expected a small positive number", spec.norm_eps));
+    }
+    let ropes = [Some(&spec.rope), spec.sliding.as_ref().map(|s| &s.rope)];
+    for rope in ropes.into_iter().flatten() {
+        if rope.inv_freq.len() * 2 != heads.head_dim || !rope.inv_freq.iter().all(|f| f.is_finite() && *f >= 0.0) {
+            return bad("its rotary embedding has frequencies that are not finite".to_owned());
+        }
+    }
+    Ok(spec)
+}
+
+/// Applies `rope_freqs.weight` where a file has it.
+///
+/// # Errors
+/// [`Error::Format`] when it does not fit the model.
+pub(crate) fn apply_rope_factors(spec: &mut DecoderSpec, weights: &Weights, path: &Path) -> Result<()> {
+    const NAME: &str = "rope_freqs.weight";
+    if !weights.contains(NAME) {
+        return Ok(());
+    }
+    let factors = weights.vector(NAME)?;
+    llama::apply_rope_factors(spec, &factors).map_err(|what| Error::Format { path: path.to_owned(), what })
+}
+
+/// Compares the shape of every tensor that the decoder will ask for, so that a wrong file is refused before any work.
+///
+/// # Errors
+/// [`Error::Missing`] or [`Error::Format`] naming the tensor.
+pub(crate) fn check_tensors(spec: &DecoderSpec, weights: &Weights, path: &Path) -> Result<()> {
+    let check = |name: &str, expected: &[usize]| match weights.shape(name) {
+        Some(shape) if shape == expected => Ok(()),
+        Some(shape) => Err(Error::Format {
+            path: path.to_owned(),
+            what: format!("tensor {name} has shape {shape:?}, expected {expected:?}"),
+        }),
+        None => Err(Error::Missing { path: path.to_owned(), what: format!("tensor {name}") }),
+    };
+    let (hidden, ffn, heads) = (spec.hidden, spec.ffn, spec.heads);
+    let (q_rows, kv_rows) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
+    let names = &spec.names;
+    check(names.embedding, &[spec.vocab, hidden])?;
+    if weights.contains(names.head) {
+        check(names.head, &[spec.vocab, hidden])?;
+    }
+    check(names.final_norm, &[hidden])?;
+    for layer in 0..spec.layers {
+        let check = |template: &str, expected: &[usize]| check(&TensorNames::layer(template, layer), expected);
+        check(names.attn_norm, &[hidden])?;
+        check(names.q, &[q_rows, hidden])?;
+        check(names.k, &[kv_rows, hidden])?;
+        check(names.v, &[kv_rows, hidden])?;
+        check(names.o, &[hidden, q_rows])?;
+        check(names.ffn_norm, &[hidden])?;
+        check(names.gate, &[ffn, hidden])?;
+        check(names.up, &[ffn, hidden])?;
+        check(names.down, &[hidden, ffn])?;
+        if spec.qk_norm {
+            check(names.q_norm, &[heads.head_dim])?;
+            check(names.k_norm, &[heads.head_dim])?;
+        }
+        if spec.post_norms {
+            check(names.attn_post_norm, &[hidden])?;
+            check(names.ffn_post_norm, &[hidden])?;
+        }
+    }
+    Ok(())
+}
+
+/// Inverse frequencies `base^(-2i / dim)`, one a pair of dimensions
+/// (Su et al., RoFormer, <https://arxiv.org/abs/2104.09864>).
+fn frequencies(base: f64, dim: usize) -> Vec<f64> {
+    (0..dim / 2).map(|i| base.powf(-2.0 * i as f64 / dim as f64)).collect()
+}
+
+/// A rotary embedding without scaling of its cosines and sines.
+fn rope(pairs: cupola_kernels::RopePairs, inv_freq: Vec<f64>) -> RopeSpec {
+    RopeSpec { pairs, inv_freq, scale: 1.0 }
+}

@@ -1,0 +1,265 @@
+//! A tokenizer from the `tokenizer.ggml.*` keys of a GGUF file.
+
+use std::borrow::Cow;
+
+use tokenizers::models::bpe::{BPE, Merges, Vocab};
+use tokenizers::normalizers::{NFC, Prepend, Replace, Sequence};
+use tokenizers::{AddedToken, NormalizerWrapper};
+
+use super::bpe::{ByteAlphabet, pre_tokenizer};
+use super::{Specials, TokenTable, Tokenizer, library, spm};
+use crate::error::{Error, Result};
+use crate::weights::gguf::Gguf;
+
+/// Tokens of a vocabulary; more is taken for a damaged file.
+const MAX_VOCAB: usize = 1 << 24;
+
+/// `tokenizer.ggml.token_type` of each token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Normal,
+    Unknown,
+    Control,
+    UserDefined,
+    Unused,
+    Byte,
+}
+
+/// Turn-ending tokens of common chat formats. A file's `eos_token_id` often names only the end of a document.
+const TURN_ENDS: &[&str] =
+    &["<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>"];
+
+/// Tokens of a file: text, kind, and score where the file has them.
+struct Entries<'a> {
+    texts: Vec<Cow<'a, str>>,
+    kinds: Vec<Kind>,
+    scores: Option<Vec<f64>>,
+}
+
+/// Builds the tokenizer of a file.
+///
+/// # Errors
+/// [`Error::Missing`] when the file has none, [`Error::Unsupported`] for an unknown kind, [`Error::Tokenizer`] when its
+/// parts contradict each other.
+pub(crate) fn from_gguf(gguf: &Gguf) -> Result<Tokenizer> {
+    let Some(model) = gguf.text("tokenizer.ggml.model")? else {
+        let what = "tokenizer (key tokenizer.ggml.model); convert the model again with its tokenizer".to_owned();
+        return Err(Error::Missing { path: gguf.path().to_owned(), what });
+    };
+    let entries = entries(gguf)?;
+    match model {
+        "gpt2" => byte_level(gguf, &entries),
+        "llama" => sentence_piece(gguf, &entries),
+        other => Err(Error::Unsupported {
+            what: format!("tokenizer kind {other}"),
+            hint: "known kinds are gpt2 (byte-level BPE) and llama (SentencePiece BPE)".to_owned(),
+        }),
+    }
+}
+
+fn entries(gguf: &Gguf) -> Result<Entries<'_>> {
+    let key = "tokenizer.ggml.tokens";
+    let texts = gguf.texts(key)?.ok_or_else(|| gguf.missing(key))?;
+    if texts.len() == 0 || texts.len() > MAX_VOCAB {
+        return Err(gguf.format(format!("{key} has {} entries, expected 1 to {MAX_VOCAB}", texts.len())));
+    }
+    let texts: Vec<Cow<'_, str>> = texts.map(String::from_utf8_lossy).collect();
+    let same_length = |key: &str, len: usize| {
+        if len == texts.len() {
+            return Ok(());
+        }
+        Err(gguf.format(format!("{key} has {len} entries, expected {} as in tokenizer.ggml.tokens", texts.len())))
+    };
+    let kinds = match gguf.numbers("tokenizer.ggml.token_type")? {
+        Some(kinds) => {
+            same_length("tokenizer.ggml.token_type", kinds.len())?;
+            kinds.into_iter().map(kind).collect()
+        }
+        None => vec![Kind::Normal; texts.len()],
+    };
+    let scores = gguf.numbers("tokenizer.ggml.scores")?;
+    if let Some(scores) = &scores {
+        same_length("tokenizer.ggml.scores", scores.len())?;
+    }
+    Ok(Entries { texts, kinds, scores })
+}
+
+fn kind(number: f64) -> Kind {
+    match number as u32 {
+        2 => Kind::Unknown,
+        3 => Kind::Control,
+        4 => Kind::UserDefined,
+        5 => Kind::Unused,
+        6 => Kind::Byte,
+        _ => Kind::Normal,
+    }
+}
+
+impl Entries<'_> {
+    fn vocab(&self) -> Vocab {
+        let mut vocab = Vocab::with_capacity(self.texts.len());
+        for (id, text) in (0..).zip(&self.texts) {
+            vocab.entry(text.clone().into_owned()).or_insert(id);
+        }
+        vocab
+    }
+
+    /// Tokens that are cut out of a text before anything else happens to it.
+    fn added(&self) -> Vec<AddedToken> {
+        let special = |kind| matches!(kind, Kind::Control | Kind::Unknown);
+        let chosen = |kind: Kind| special(kind) || kind == Kind::UserDefined;
+        self.texts
+            .iter()
+            .zip(&self.kinds)
+            .filter(|(text, kind)| chosen(**kind) && !text.is_empty())
+            .map(|(text, kind)| AddedToken::from(text.clone(), special(*kind)).normalized(false))
+            .collect()
+    }
+
+    /// The byte table; `ordinary` gives the bytes of a normal token.
+    fn table(&self, mut ordinary: impl FnMut(&str) -> Vec<u8>) -> Result<TokenTable> {
+        let mut table = TokenTable::with_capacity(self.texts.len());
+        for (text, kind) in self.texts.iter().zip(&self.kinds) {
+            match kind {
+                Kind::Control | Kind::Unknown => table.push(text.bytes(), true)?,
+                Kind::UserDefined => table.push(text.bytes(), false)?,
+                Kind::Byte => match spm::byte_token(text) {
+                    Some(byte) => table.push([byte], false)?,
+                    None => {
+                        return Err(Error::Tokenizer(format!(
+                            "token {text:?} is of type byte, expected <0x00> to <0xFF>"
+                        )));
+                    }
+                },
+                Kind::Normal | Kind::Unused => table.push(ordinary(text), false)?,
+            }
+        }
+        Ok(table)
+    }
+}
+
+fn byte_level(gguf: &Gguf, entries: &Entries<'_>) -> Result<Tokenizer> {
+    let pre = pre_tokenizer(gguf.text("tokenizer.ggml.pre")?.unwrap_or("default"))?;
+    let key = "tokenizer.ggml.merges";
+    let lines = gguf.texts(key)?.ok_or_else(|| gguf.missing(key))?;
+    // The library joins both halves in a buffer of the longest token's size.
+    let longest = entries.texts.iter().map(|text| text.len()).max().unwrap_or(0);
+    let mut merges = Merges::with_capacity(lines.len().min(4 * MAX_VOCAB));
+    for line in lines {
+        let halves = std::str::from_utf8(line).ok().and_then(|line| {
+            // A half may itself begin with a space.
+            let at = line.char_indices().skip(1).find(|(_, c)| *c == ' ')?.0;
+            Some((&line[..at], &line[at + 1..]))
+        });
+        match halves {
+            Some((left, right)) if left.len() + right.len() <= longest => {
+                merges.push((left.to_owned(), right.to_owned()))
+            }
+            _ => {
+                let line = String::from_utf8_lossy(line);
+                return Err(Error::Tokenizer(format!("merge {line:?} does not join two tokens into a third")));
+            }
+        }
+    }
+    let model = BPE::builder()
+        .vocab_and_merges(entries.vocab(), merges)
+        .ignore_merges(pre.whole_words)
+        .build()
+        .map_err(library)?;
+    let mut pipeline = tokenizers::Tokenizer::new(model);
+    if pre.nfc {
+        pipeline.with_normalizer(Some(NFC)).map_err(library)?;
+    }
+    pipeline.with_pre_tokenizer(Some(pre.splitter));
+    pipeline.add_special_tokens(entries.added()).map_err(library)?;
+
+    let alphabet = ByteAlphabet::new();
+    let table = entries.table(|text| {
+        let mut bytes = Vec::with_capacity(text.len());
+        // A token with other characters than the alphabet's can only mean them literally.
+        if alphabet.decode(text, &mut bytes).is_none() {
+            bytes = text.as_bytes().to_vec();
+        }
+        bytes
+    })?;
+    let specials = specials(gguf, entries, pre.bos)?;
+    Ok(Tokenizer::new(pipeline, table, specials, false))
+}
+
+fn sentence_piece(gguf: &Gguf, entries: &Entries<'_>) -> Result<Tokenizer> {
+    let scores = entries.scores.as_ref().ok_or_else(|| gguf.missing("tokenizer.ggml.scores"))?;
+    let vocab = entries.vocab();
+    let pieces: Vec<(&str, f64)> = entries
+        .texts
+        .iter()
+        .zip(&entries.kinds)
+        .zip(scores)
+        .filter(|((_, kind), _)| **kind == Kind::Normal)
+        .map(|((text, _), score)| (&**text, *score))
+        .collect();
+    let merges = spm::merges(&pieces, &vocab);
+    let mut model = BPE::builder()
+        .vocab_and_merges(vocab, merges)
+        .byte_fallback(entries.kinds.contains(&Kind::Byte))
+        .fuse_unk(true);
+    if let Some(at) = entries.kinds.iter().position(|kind| *kind == Kind::Unknown) {
+        model = model.unk_token(entries.texts[at].clone().into_owned());
+    }
+    let mut pipeline = tokenizers::Tokenizer::new(model.build().map_err(library)?);
+
+    let space = spm::SPACE.to_string();
+    let leading_space = gguf.boolean("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
+    let mut steps: Vec<NormalizerWrapper> = Vec::new();
+    if leading_space {
+        steps.push(Prepend::new(space.clone()).into());
+    }
+    steps.push(Replace::new(" ", space).map_err(library)?.into());
+    pipeline.with_normalizer(Some(Sequence::new(steps))).map_err(library)?;
+    pipeline.add_special_tokens(entries.added()).map_err(library)?;
+
+    let table = entries.table(spm::piece_bytes)?;
+    let specials = specials(gguf, entries, true)?;
+    Ok(Tokenizer::new(pipeline, table, specials, leading_space))
+}
+
+/// Reads which tokens begin and end texts; `bos_by_default` where the file does not say whether to add BOS.
+fn specials(gguf: &Gguf, entries: &Entries<'_>, bos_by_default: bool) -> Result<Specials> {
+    let count = entries.texts.len();
+    let id = |key: &str| -> Result<Option<u32>> {
+        match gguf.integer(key)? {
+            None => Ok(None),
+            // Some converters write -1 as an unsigned number for "none".
+            Some(id) if id == u64::from(u32::MAX) => Ok(None),
+            Some(id) => match u32::try_from(id) {
+                Ok(id) if (id as usize) < count => Ok(Some(id)),
+                _ => Err(gguf.format(format!("{key} is {id}, expected a token id below {count}"))),
+            },
+        }
+    };
+    let bos = id("tokenizer.ggml.bos_token_id")?;
+    let first_eos = id("tokenizer.ggml.eos_token_id")?;
+    let mut eos: Vec<u32> = first_eos.into_iter().collect();
+    for key in ["tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"] {
+        eos.extend(id(key)?);
+    }
+    for (at, (text, kind)) in (0..).zip(entries.texts.iter().zip(&entries.kinds)) {
+        if *kind == Kind::Control && TURN_ENDS.contains(&&**text) {
+            eos.push(at);
+        }
+    }
+    let mut seen = Vec::new();
+    eos.retain(|id| {
+        !seen.contains(id) && {
+            seen.push(*id);
+            true
+        }
+    });
+    let add_bos = gguf.boolean("tokenizer.ggml.add_bos_token")?.unwrap_or(bos_by_default);
+    let add_eos = gguf.boolean("tokenizer.ggml.add_eos_token")?.unwrap_or(false);
+    Ok(Specials {
+        bos,
+        prefix: bos.filter(|_| add_bos).into_iter().collect(),
+        suffix: first_eos.filter(|_| add_eos).into_iter().collect(),
+        eos,
+    })
+}

@@ -1,0 +1,115 @@
+//! Flags of every command that loads a model: which one, and how much it may take. Where vLLM has a flag, its name.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use cupola_engine::EngineConfig;
+use cupola_kernels::cpu::CpuConfig;
+use cupola_models::hub::{Hub, ModelRef, Resolved};
+use cupola_models::{ChatTemplate, Model};
+
+use super::error::Error;
+use super::progress::ProgressBar;
+use super::size::Bytes;
+
+/// The model of a command that is given none.
+pub(crate) const DEFAULT_MODEL: &str = "smollm2-135m-instruct";
+
+/// Limits of the engine.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Engine")]
+pub(crate) struct EngineArgs {
+    /// Longest prompt plus answer, in tokens [default: what the model was trained for]
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(2..))]
+    max_model_len: Option<u32>,
+    /// Most requests that run at once [default: 256]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_num_seqs: Option<u32>,
+    /// Most tokens of one step, prompts and answers together [default: 512]
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    max_num_batched_tokens: Option<u32>,
+    /// Memory of the key/value cache, such as 512M or 2GiB [default: part of what is free]
+    #[arg(long, value_name = "SIZE", alias = "kv-cache-memory-bytes")]
+    kv_cache_memory: Option<Bytes>,
+    /// Most requests that wait; more are answered 429 [default: 4 times --max-num-seqs]
+    #[arg(long, value_name = "N", alias = "max-num-queued-reqs", value_parser = clap::value_parser!(u32).range(1..))]
+    max_queued_requests: Option<u32>,
+    /// Do not reuse the computed beginnings of equal prompts
+    #[arg(long)]
+    no_enable_prefix_caching: bool,
+    /// Reuse them, as is the default
+    #[arg(long, hide = true, overrides_with = "no_enable_prefix_caching")]
+    enable_prefix_caching: bool,
+    /// Worker threads [default: one a physical core this process may use]
+    #[arg(long, short = 't', value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// A Jinja chat template to use instead of the model's own
+    #[arg(long, value_name = "FILE")]
+    chat_template: Option<PathBuf>,
+}
+
+impl EngineArgs {
+    /// The engine's configuration.
+    pub(crate) fn config(&self) -> EngineConfig {
+        let default = EngineConfig::default();
+        let or = |given: Option<u32>, default| given.map_or(default, |n| n as usize);
+        let max_num_seqs = or(self.max_num_seqs, default.max_num_seqs);
+        EngineConfig {
+            max_num_seqs,
+            max_num_batched_tokens: or(self.max_num_batched_tokens, default.max_num_batched_tokens),
+            max_model_len: self.max_model_len.map(|n| n as usize),
+            kv_cache_bytes: self.kv_cache_memory.map(|bytes| bytes.0),
+            max_queued_requests: or(self.max_queued_requests, 4 * max_num_seqs),
+            enable_prefix_caching: self.enable_prefix_caching || !self.no_enable_prefix_caching,
+            ..default
+        }
+    }
+
+    /// The same for one user at a terminal: a single request at a time needs no room for hundreds.
+    pub(crate) fn config_for_one(&self) -> EngineConfig {
+        Self { max_num_seqs: Some(self.max_num_seqs.unwrap_or(1)), ..self.clone() }.config()
+    }
+
+    /// The CPU backend's configuration.
+    pub(crate) fn cpu(&self) -> CpuConfig {
+        CpuConfig { threads: self.threads.map(usize::from), ..CpuConfig::default() }
+    }
+
+    /// Puts the template of `--chat-template` into `model`.
+    pub(crate) fn apply_chat_template(&self, model: &mut Model) -> Result<(), Error> {
+        let Some(path) = &self.chat_template else { return Ok(()) };
+        let source = std::fs::read_to_string(path).map_err(Error::io(format!("read {}", path.display())))?;
+        let text = |id: Option<u32>| id.map_or_else(String::new, |id| model.tokenizer.decode(&[id], false));
+        let (bos, eos) = (text(model.tokenizer.bos()), text(model.tokenizer.eos().first().copied()));
+        model.chat_template = Some(ChatTemplate::new(&source, &bos, &eos)?);
+        Ok(())
+    }
+}
+
+/// Finds the model, fetching it with a progress bar when it is not on this machine.
+pub(crate) fn resolve(model: &str) -> Result<Resolved, Error> {
+    let reference: ModelRef = model.parse()?;
+    Ok(Hub::from_env().resolve(&reference, &ProgressBar::stderr())?)
+}
+
+/// [`resolve`] and open.
+pub(crate) fn open(model: &str) -> Result<(Resolved, Model), Error> {
+    let resolved = resolve(model)?;
+    let model = Model::open(&resolved.path)?;
+    Ok((resolved, model))
+}
+
+/// Names flags where the engine names its settings.
+pub(crate) fn in_flags(error: cupola_engine::Error) -> Error {
+    let mut text = error.to_string();
+    for (setting, flag) in [
+        ("kv_cache_bytes", "--kv-cache-memory"),
+        ("max_model_len", "--max-model-len"),
+        ("max_num_seqs", "--max-num-seqs"),
+        ("max_num_batched_tokens", "--max-num-batched-tokens"),
+        ("max_queued_requests", "--max-queued-requests"),
+    ] {
+        text = text.replace(setting, flag);
+    }
+    Error::Failed(text)
+}

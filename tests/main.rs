@@ -1,0 +1,14 @@
+//! End-to-end tests: one binary, so that the real model is loaded by few processes.
+//!
+//! ```text
+//!   support/  finds the default model and the built binary, starts servers, speaks HTTP
+//!   golden/   logits against a plain forward pass and candle-transformers
+//!   engine/   batched = alone, warm = cold prefix, chunked = whole prefill, on the real model
+//!   api/      the HTTP contract
+//!   faults/   clients that go away, full queues, damaged files
+//!   clients/  the OpenAI Python SDK
+//!   browser/  the chat page in Chromium
+//! ```
+
+mod golden;
+mod support;
