@@ -64,6 +64,11 @@ impl Weights {
         Self { files, tensors }
     }
 
+    /// The file that messages about these tensors name: the only one, or the first of several.
+    pub fn path(&self) -> &Path {
+        self.files.first().map_or(Path::new(""), |(path, _)| path)
+    }
+
     /// Names of all tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)

@@ -37,6 +37,11 @@ const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; c
                       base-uri 'none'; form-action 'none'; frame-ancestors 'none'; \
                       require-trusted-types-for 'script'; trusted-types 'none'";
 
+/// Whether `path` is one of the page's files, which need no key.
+pub(crate) fn is_public(path: &str) -> bool {
+    FILES.iter().any(|(file, ..)| *file == path)
+}
+
 /// The routes of the page, for a router with any state.
 pub(crate) fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
     FILES.iter().fold(Router::new(), |router, &(path, media_type, text)| {
