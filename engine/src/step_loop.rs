@@ -340,6 +340,9 @@ impl StepLoop {
     /// Chooses a token for every output row, into `results`.
     fn sample(&mut self) -> Result<(), String> {
         self.results.clear();
+        if self.outputs.is_empty() {
+            return Ok(());
+        }
         if self.batch.greedy {
             let tokens = self.runner.argmax();
             if tokens.len() != self.outputs.len() {

@@ -86,7 +86,8 @@ mod tests {
         assert_eq!(refused(|r| r.prompt = vec![1; 8]), SubmitError::PromptTooLong { prompt: 8, max: 8 });
         assert_eq!(refused(|r| r.prompt[1] = 10), SubmitError::TokenOutOfRange { token: 10, vocab: 10 });
         assert_eq!(refused(|r| r.stop.token_ids = vec![11]), SubmitError::TokenOutOfRange { token: 11, vocab: 10 });
-        let bad: [(&str, fn(&mut Request)); 10] = [
+        type Change = fn(&mut Request);
+        let bad: [(&str, Change); 10] = [
             ("temperature", |r| r.sampling.temperature = -0.1),
             ("temperature", |r| r.sampling.temperature = f32::NAN),
             ("temperature", |r| r.sampling.temperature = f32::INFINITY),

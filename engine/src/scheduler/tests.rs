@@ -108,20 +108,21 @@ fn the_youngest_makes_room_and_comes_back_with_its_tokens() {
 }
 
 #[test]
-fn prompts_that_hold_everything_make_room_too() {
-    let mut s = scheduler(4, 512, 6);
-    for i in 0..2 {
-        add(&mut s, i, prompt(u32::try_from(i).expect("small"), 96));
-    }
-    step(&mut s);
-    // A chunk in progress that was promised blocks, taken by others in between.
-    let chunk = s.running.pop().expect("two run");
-    s.blocks.release(&chunk.blocks);
-    s.check().expect("whole");
-    for _ in 0..40 {
+fn a_prompt_in_progress_waits_when_answers_take_its_last_block() {
+    let mut s = scheduler(4, 10, 4);
+    add(&mut s, 0, prompt(0, 30));
+    add(&mut s, 1, prompt(1, 90));
+    (0..4).for_each(|_| drop(step(&mut s)));
+    // The first needs a second block at its 33rd token; the other one then lacks its third.
+    let (mut widest, mut steps) = (0, 0);
+    while s.running.len() == 2 && s.running[0].tokens.len() < 60 {
         step(&mut s);
+        widest = widest.max(s.running[1].computed);
+        steps += 1;
     }
-    assert_eq!(s.running.len(), 1);
+    assert!(steps > 20 && widest == 64, "{widest} rows after {steps} steps");
+    finish(&mut s, 0);
+    assert_eq!(step(&mut s), [(1, 64, 10)]);
 }
 
 #[test]
