@@ -14,7 +14,7 @@ impl Matrix {
     fn load(model: &Model, name: &str) -> Self {
         let part = model.weights.part(name).expect("the model has this tensor");
         let mut values = vec![0.0; part.rows * part.cols];
-        part.ty.dequantize(part.data, &mut values);
+        part.ty.dequantise(part.data, &mut values);
         Self { rows: part.rows, cols: part.cols, values }
     }
 

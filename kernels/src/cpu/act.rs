@@ -212,7 +212,11 @@ impl ActWriter<'_> {
         }
         if let Some((quants, scales)) = self.quants {
             let (blocks, rest) = values.as_chunks::<BLOCK>();
-            assert!(rest.is_empty() && col.is_multiple_of(BLOCK), "columns {col}+{} are not whole blocks", values.len());
+            assert!(
+                rest.is_empty() && col.is_multiple_of(BLOCK),
+                "columns {col}+{} are not whole blocks",
+                values.len()
+            );
             let tile = tile_of(row, self.rows, self.tile_rows);
             let first = tile.row * (self.cols / BLOCK) + col / BLOCK * tile.len;
             for (b, block) in blocks.iter().enumerate() {

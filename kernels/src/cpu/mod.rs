@@ -287,13 +287,7 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn rms_norm_add(
-        &mut self,
-        y: BufferId,
-        rows: usize,
-        (weight, eps): (VectorId, f32),
-        x: BufferId,
-    ) -> Result<()> {
+    fn rms_norm_add(&mut self, y: BufferId, rows: usize, (weight, eps): (VectorId, f32), x: BufferId) -> Result<()> {
         const OP: &str = "rms_norm_add";
         let Ok([y, x]) = self.buffers.get_disjoint_mut([y.0 as usize, x.0 as usize]) else {
             return Err(Error::Shape { op: OP, expected: "two buffers".into(), got: "the same one twice".into() });

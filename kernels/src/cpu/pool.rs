@@ -169,10 +169,11 @@ impl Shared {
                 || self.asleep[worker - 1].0.store(true, SeqCst),
                 || self.asleep[worker - 1].0.store(false, SeqCst),
             );
+            seen = self.ticket.0.load(SeqCst) >> CHUNK_BITS;
+            // After the ticket: it may be a later one than `wait` saw, and the last one comes with `stop`.
             if self.stop.load(SeqCst) {
                 return;
             }
-            seen = self.ticket.0.load(Acquire) >> CHUNK_BITS;
             self.claim(seen, worker);
         }
     }

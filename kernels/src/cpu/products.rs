@@ -32,16 +32,13 @@ impl Work {
     pub(super) fn new() -> Result<Self> {
         let what = "scratch memory of a worker";
         let stage = || Arena::zeroed(GROUP, what);
-        Ok(Self {
-            stages: [stage()?, stage()?, stage()?, stage()?],
-            unpacked: Arena::zeroed(0, what)?,
-        })
+        Ok(Self { stages: [stage()?, stage()?, stage()?, stage()?], unpacked: Arena::zeroed(0, what)? })
     }
 
     /// Grows the scratch for rows of `cols` columns.
     pub(super) fn fit(&mut self, isa: Isa, cols: usize) -> Result<()> {
         let what = "scratch memory of a worker";
-        let bytes = dispatch(isa, ScratchBytes(cols));
+        let bytes = scratch_bytes(isa, cols);
         if self.unpacked.len() < bytes {
             self.unpacked = Arena::zeroed(bytes, what)?;
         }
@@ -54,15 +51,18 @@ impl Work {
     }
 }
 
-struct ScratchBytes(usize);
+/// Bytes of scratch that products with rows of `cols` columns want.
+pub(super) fn scratch_bytes(isa: Isa, cols: usize) -> usize {
+    struct ScratchBytes(usize);
+    impl Kernel for ScratchBytes {
+        type Output = usize;
 
-impl Kernel for ScratchBytes {
-    type Output = usize;
-
-    #[inline(always)]
-    fn run<S: Simd>(self, _: S) -> usize {
-        S::scratch_bytes(self.0)
+        #[inline(always)]
+        fn run<S: Simd>(self, _: S) -> usize {
+            S::scratch_bytes(self.0)
+        }
     }
+    dispatch(isa, ScratchBytes(cols))
 }
 
 /// Rows of an activation tile of `isa`.
@@ -127,11 +127,12 @@ pub(super) struct Target<'a> {
 pub(super) fn linear(machine: &mut Machine, store: &Store, weight: &Linear, acts: ActReader<'_>, target: Target<'_>) {
     let isa = machine.isa;
     machine.share(weight.panels(), panel_cost(weight, acts.rows), &|panels, work| {
-        dispatch(isa, Product { store, weight, acts, panels, work, target });
+        dispatch(isa, Product { isa, store, weight, acts, panels, work, target });
     });
 }
 
 struct Product<'a> {
+    isa: Isa,
     store: &'a Store,
     weight: &'a Linear,
     acts: ActReader<'a>,
@@ -151,7 +152,7 @@ impl Kernel for Product<'_> {
                 let panel = self.weight.panel(self.store, index);
                 let Work { stages: [stage, ..], unpacked, .. } = &mut *self.work;
                 let stage = &mut stage[..group.len()];
-                multiply(s, (panel.ty, panel.bytes), group, unpacked, stage);
+                multiply(self.isa, panel.ty, panel.bytes, group, (unpacked, stage));
                 for (lanes, row) in stage.iter_mut().zip(group.first()..) {
                     add_bias(self.weight, &panel, lanes);
                     // SAFETY: each panel has columns of its own, and each panel is in one chunk.
@@ -214,7 +215,7 @@ pub(super) fn argmax(
             let values = unsafe { best.part(chunk * rows, rows) };
             // SAFETY: as above.
             let indices = unsafe { at.part(chunk * rows, rows) };
-            dispatch(isa, Largest { store, weight, acts, panels, work: &mut *work, values, indices });
+            dispatch(isa, Largest { isa, store, weight, acts, panels, work: &mut *work, values, indices });
         }
     });
     let (values, indices) = (&*values, &*indices);
@@ -225,6 +226,7 @@ pub(super) fn argmax(
 }
 
 struct Largest<'a> {
+    isa: Isa,
     store: &'a Store,
     weight: &'a Linear,
     acts: ActReader<'a>,
@@ -244,7 +246,7 @@ impl Kernel for Largest<'_> {
                 let panel = self.weight.panel(self.store, index);
                 let Work { stages: [stage, ..], unpacked, .. } = &mut *self.work;
                 let stage = &mut stage[..group.len()];
-                multiply(s, (panel.ty, panel.bytes), group, unpacked, stage);
+                multiply(self.isa, panel.ty, panel.bytes, group, (unpacked, stage));
                 for (lanes, row) in stage.iter_mut().zip(group.first()..) {
                     add_bias(self.weight, &panel, lanes);
                     lanes[panel.rows..].fill(f32::NEG_INFINITY);
@@ -272,7 +274,7 @@ pub(super) fn gate_up(
     let isa = machine.isa;
     let units = (weight.rows / 2).div_ceil(UNIT);
     machine.share(units, 4 * panel_cost(weight, acts.rows), &|units, work| {
-        dispatch(isa, GateUp { store, weight, acts, units, work, f, out });
+        dispatch(isa, GateUp { isa, store, weight, acts, units, work, f, out });
     });
 }
 
@@ -281,6 +283,7 @@ const UNIT: usize = BLOCK;
 const _: () = assert!(UNIT == 2 * PANEL && PANEL == LANES);
 
 struct GateUp<'a> {
+    isa: Isa,
     store: &'a Store,
     weight: &'a Linear,
     acts: ActReader<'a>,
@@ -303,7 +306,7 @@ impl Kernel for GateUp<'_> {
                 for (i, stage) in stages.iter_mut().enumerate() {
                     if let Some(panel) = self.weight.part_panel(self.store, i / 2, unit * 2 + i % 2) {
                         let stage = &mut stage[..group.len()];
-                        multiply(s, (panel.ty, panel.bytes), group, unpacked, stage);
+                        multiply(self.isa, panel.ty, panel.bytes, group, (unpacked, stage));
                         for lanes in stage {
                             add_bias(self.weight, &panel, lanes);
                         }

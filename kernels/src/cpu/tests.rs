@@ -71,11 +71,8 @@ fn loaded(
     bias: Option<&[f32]>,
 ) -> (LinearId, Vec<f32>) {
     let made: Vec<_> = parts.iter().enumerate().map(|(i, &(ty, rows))| matrix(ty, rows, cols, i * 90_001)).collect();
-    let parts: Vec<_> = parts
-        .iter()
-        .zip(&made)
-        .map(|(&(ty, rows), (data, _))| WeightPart { ty, rows, cols, data })
-        .collect();
+    let parts: Vec<_> =
+        parts.iter().zip(&made).map(|(&(ty, rows), (data, _))| WeightPart { ty, rows, cols, data }).collect();
     let id = backend.load_linear(&parts, order, bias).unwrap();
     (id, made.into_iter().flat_map(|(_, values)| values).collect())
 }
@@ -96,7 +93,13 @@ fn input(backend: &mut CpuBackend, rows: usize, cols: usize, consumer: LinearId)
 }
 
 /// Asserts `got` = `x * weights^T` within the error of int8 activations (none where there are none).
-fn assert_product(got: &[Vec<f32>], x: &[Vec<f32>], weights: &[f32], tolerance: f32, expect: impl Fn(usize, f32) -> f32) {
+fn assert_product(
+    got: &[Vec<f32>],
+    x: &[Vec<f32>],
+    weights: &[f32],
+    tolerance: f32,
+    expect: impl Fn(usize, f32) -> f32,
+) {
     for (got, x) in got.iter().zip(x) {
         for (i, (&got, weights)) in got.iter().zip(weights.chunks_exact(x.len())).enumerate() {
             let size = weights.iter().map(|w| w * w).sum::<f32>().sqrt() * x.iter().map(|x| x * x).sum::<f32>().sqrt();
@@ -244,9 +247,8 @@ fn layer(backend: &mut CpuBackend, order: &[usize]) -> Vec<Vec<f32>> {
     let act_ffn = backend.alloc_act(rows, ffn).unwrap();
     set(backend, x, rows, |row, col| noise(order[row] * 5000 + col));
 
-    let spans: Vec<_> = (0..rows as u32)
-        .map(|row| SeqSpan { row0: row, rows: 1, pos0: 0, table0: row, table_len: 1 })
-        .collect();
+    let spans: Vec<_> =
+        (0..rows as u32).map(|row| SeqSpan { row0: row, rows: 1, pos0: 0, table0: row, table_len: 1 }).collect();
     let block_table: Vec<_> = (0..rows as u32).rev().map(BlockId).collect();
     let (spans, block_table) = (&spans[..], &block_table[..]);
     backend.rms_norm(x, Rows::First(rows), (norm, 1e-5), qkv_w, act).unwrap();
@@ -255,8 +257,18 @@ fn layer(backend: &mut CpuBackend, order: &[usize]) -> Vec<Vec<f32>> {
     let (query_scale, qk_norm) = (0.17, None);
     let store = RopeStore { qkv, shape, rope, pairs, query_scale, qk_norm, kv, layer: 0, spans, block_table };
     backend.rope_store(store).unwrap();
-    let attention =
-        Attention { qkv, shape, softcap: None, window: None, kv, layer: 0, spans, block_table, out: act, consumer: o_w };
+    let attention = Attention {
+        qkv,
+        shape,
+        softcap: None,
+        window: None,
+        kv,
+        layer: 0,
+        spans,
+        block_table,
+        out: act,
+        consumer: o_w,
+    };
     backend.attention(attention).unwrap();
     backend.linear(act, rows, o_w, Epilogue::Add, x).unwrap();
     backend.rms_norm(x, Rows::First(rows), (norm, 1e-5), gate_up_w, act).unwrap();

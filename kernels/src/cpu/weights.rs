@@ -121,7 +121,8 @@ impl Linear {
         };
         let mut form = Form::default();
         for part in parts {
-            let unsupported = |why| Error::UnsupportedWeight { ty: part.ty.name(), rows: part.rows, cols: part.cols, why };
+            let unsupported =
+                |why| Error::UnsupportedWeight { ty: part.ty.name(), rows: part.rows, cols: part.cols, why };
             if part.rows == 0 || part.cols == 0 {
                 return Err(unsupported("it is empty"));
             }
@@ -196,7 +197,8 @@ fn pack_part(store: &mut Store, pool: &mut Pool, part: &WeightPart<'_>, first: u
     let &WeightPart { ty, rows, cols, data } = part;
     let panel_bytes = panel_bytes(ty, cols).expect("the shape was checked before");
     let panels = rows.div_ceil(PANEL);
-    let len = panels.checked_mul(panel_bytes).ok_or(Error::OutOfMemory { bytes: usize::MAX, what: "packed weights" })?;
+    let len =
+        panels.checked_mul(panel_bytes).ok_or(Error::OutOfMemory { bytes: usize::MAX, what: "packed weights" })?;
     let place = store.reserve(len)?;
     let target = SharedMut::new(&mut store.chunks[place.chunk][place.offset..][..len]);
     pool.run(panels, &|panel, _worker| {

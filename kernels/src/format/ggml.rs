@@ -11,10 +11,10 @@ use half::{bf16, f16};
 use super::WeightType;
 
 /// Values of one quantised block.
-pub(crate) const BLOCK: usize = 32;
+pub const BLOCK: usize = 32;
 
 /// Reads the little-endian half at `bytes[at..at + 2]`.
-pub(crate) fn half_at(bytes: &[u8], at: usize) -> f32 {
+fn half_at(bytes: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
 }
 
@@ -22,7 +22,7 @@ pub(crate) fn half_at(bytes: &[u8], at: usize) -> f32 {
 ///
 /// # Panics
 /// When `bytes` is not the row's length.
-pub(crate) fn dequantise_row(ty: WeightType, bytes: &[u8], out: &mut [f32]) {
+pub fn dequantise_row(ty: WeightType, bytes: &[u8], out: &mut [f32]) {
     assert_eq!(Some(bytes.len()), ty.row_bytes(out.len()), "bytes of a {} row of {} values", ty.name(), out.len());
     let blocks = bytes.chunks_exact(ty.block_bytes()).zip(out.chunks_exact_mut(ty.block_len()));
     for (src, dst) in blocks {

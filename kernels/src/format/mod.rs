@@ -1,6 +1,6 @@
 //! Weight types as they lie in files, and their sizes.
 
-pub(crate) mod ggml;
+pub mod ggml;
 pub(crate) mod pack;
 
 /// Element or block type of a weight tensor (names and layouts: ggml, <https://github.com/ggml-org/ggml>).
@@ -44,6 +44,14 @@ impl WeightType {
     /// Bytes of a row of `cols` values; `None` when `cols` is not a whole number of blocks or the size overflows.
     pub fn row_bytes(self, cols: usize) -> Option<usize> {
         cols.is_multiple_of(self.block_len()).then(|| (cols / self.block_len()).checked_mul(self.block_bytes()))?
+    }
+
+    /// Turns the bytes of whole rows into `out.len()` values: the plain meaning of a format, for tests and tools.
+    ///
+    /// # Panics
+    /// When `bytes` has not the length of that many values.
+    pub fn dequantise(self, bytes: &[u8], out: &mut [f32]) {
+        ggml::dequantise_row(self, bytes, out);
     }
 
     /// Name as ggml writes it.

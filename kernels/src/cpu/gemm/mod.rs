@@ -25,7 +25,8 @@ mod neon;
 mod tests;
 
 use super::act::{ActReader, Tile, tiles};
-use super::simd::{Simd, prefetch_line};
+use super::isa::Isa;
+use super::simd::{Kernel, Simd, dispatch, prefetch_line};
 use crate::WeightType;
 use crate::format::ggml::BLOCK;
 use crate::format::pack::{PANEL, PanelBlock, Q4_0x16, Q4_1x16, Q8_0x16};
@@ -141,20 +142,32 @@ fn exact<T: Plain, const N: usize>(slice: &mut [T]) -> &mut [T; N] {
 }
 
 /// Multiplies a packed panel with all rows of a group; `out` has one entry for each.
-#[inline(always)]
-pub(super) fn multiply<S: Simd>(
-    s: S,
-    (ty, panel): (WeightType, &[u8]),
-    rows: Group<'_>,
-    scratch: &mut [u8],
-    out: &mut [Lanes],
-) {
-    match ty {
-        WeightType::F32 => float::panel(s, cast::<float::AsF32>(panel), rows, out),
-        WeightType::F16 => float::panel(s, cast::<float::AsF16>(panel), rows, out),
-        WeightType::Bf16 => float::panel(s, cast::<float::AsBf16>(panel), rows, out),
-        WeightType::Q4_0 => s.panel(cast::<Q4_0x16>(panel), rows, scratch, out),
-        WeightType::Q4_1 => s.panel(cast::<Q4_1x16>(panel), rows, scratch, out),
-        WeightType::Q8_0 => s.panel(cast::<Q8_0x16>(panel), rows, scratch, out),
+pub(super) fn multiply(isa: Isa, ty: WeightType, panel: &[u8], rows: Group<'_>, to: (&mut [u8], &mut [Lanes])) {
+    let (scratch, out) = to;
+    dispatch(isa, Multiply { ty, panel, rows, scratch, out });
+}
+
+struct Multiply<'a> {
+    ty: WeightType,
+    panel: &'a [u8],
+    rows: Group<'a>,
+    scratch: &'a mut [u8],
+    out: &'a mut [Lanes],
+}
+
+impl Kernel for Multiply<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { ty, panel, rows, scratch, out } = self;
+        match ty {
+            WeightType::F32 => float::panel(s, cast::<float::AsF32>(panel), rows, out),
+            WeightType::F16 => float::panel(s, cast::<float::AsF16>(panel), rows, out),
+            WeightType::Bf16 => float::panel(s, cast::<float::AsBf16>(panel), rows, out),
+            WeightType::Q4_0 => s.panel(cast::<Q4_0x16>(panel), rows, scratch, out),
+            WeightType::Q4_1 => s.panel(cast::<Q4_1x16>(panel), rows, scratch, out),
+            WeightType::Q8_0 => s.panel(cast::<Q8_0x16>(panel), rows, scratch, out),
+        }
     }
 }

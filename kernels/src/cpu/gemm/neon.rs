@@ -4,8 +4,8 @@
 //! times the sum of the activations is added to the dot product, so that the integer is the same as everywhere else.
 
 use std::arch::aarch64::{
-    float32x4_t, int8x16_t, int32x4_t, uint8x16_t, vaddq_s32, vandq_u8, vcvtq_f32_s32, vdupq_n_f32,
-    vdupq_n_s8, vdupq_n_s32, vdupq_n_u8, veorq_u8, vfmaq_f32, vld1q_f32, vld1q_u8, vmulq_f32, vreinterpretq_s8_s32,
+    float32x4_t, int8x16_t, int32x4_t, uint8x16_t, vaddq_s32, vandq_u8, vcvtq_f32_s32, vdupq_n_f32, vdupq_n_s8,
+    vdupq_n_s32, vdupq_n_u8, veorq_u8, vfmaq_f32, vld1q_f32, vld1q_u8, vmulq_f32, vreinterpretq_s8_s32,
     vreinterpretq_s8_u8, vshlq_n_s32, vshrq_n_u8, vst1q_f32,
 };
 use std::arch::asm;

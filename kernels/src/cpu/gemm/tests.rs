@@ -2,11 +2,11 @@
 
 use half::f16;
 
-use super::{GROUP, Group, IntDot, Lanes, multiply, scalar};
+use super::{GROUP, Group, Lanes, multiply, scalar};
 use crate::WeightType;
 use crate::cpu::act::{Act, Form};
 use crate::cpu::isa::Isa;
-use crate::cpu::products::tile_rows;
+use crate::cpu::products::{scratch_bytes, tile_rows};
 use crate::cpu::simd::{Kernel, Simd, dispatch};
 use crate::format::ggml::BLOCK;
 use crate::format::pack::{Offset, PANEL, PanelBlock, Q4_0x16, Q4_1x16, Q8_0x16, pack_panel, panel_row};
@@ -72,34 +72,17 @@ fn activations(isa: Isa, rows: &[Vec<f32>], form: Form) -> Act {
     act
 }
 
-struct Multiply<'a> {
-    ty: WeightType,
-    panel: &'a [u8],
-    act: &'a Act,
-    rows: usize,
-    form: Form,
-}
-
-impl Kernel for Multiply<'_> {
-    type Output = Vec<Lanes>;
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> Vec<Lanes> {
-        let acts = self.act.read("test", self.rows, self.form).unwrap();
-        let mut scratch = Arena::zeroed(S::scratch_bytes(acts.cols), "test").unwrap();
-        let mut out = vec![[f32::NAN; PANEL]; self.rows];
-        for group in Group::split(acts) {
-            let out = &mut out[group.first()..][..group.len()];
-            multiply(s, (self.ty, self.panel), group, &mut scratch, out);
-        }
-        out
-    }
-}
-
 fn product(isa: Isa, ty: WeightType, panel: &[u8], x: &[Vec<f32>]) -> Vec<Lanes> {
     let form = Form { int8: ty.block_len() != 1, float: ty.block_len() == 1 };
     let act = activations(isa, x, form);
-    dispatch(isa, Multiply { ty, panel, act: &act, rows: x.len(), form })
+    let acts = act.read("test", x.len(), form).unwrap();
+    let mut scratch = Arena::zeroed(scratch_bytes(isa, acts.cols), "test").unwrap();
+    let mut out = vec![[f32::NAN; PANEL]; x.len()];
+    for group in Group::split(acts) {
+        let out = &mut out[group.first()..][..group.len()];
+        multiply(isa, ty, panel, group, (&mut scratch, out));
+    }
+    out
 }
 
 /// What a kernel reads of a row: for block weights, the row after quantisation.
@@ -116,14 +99,8 @@ fn as_read(ty: WeightType, row: &[f32]) -> Vec<f64> {
     out
 }
 
-const TYPES: [WeightType; 6] = [
-    WeightType::F32,
-    WeightType::F16,
-    WeightType::Bf16,
-    WeightType::Q4_0,
-    WeightType::Q4_1,
-    WeightType::Q8_0,
-];
+const TYPES: [WeightType; 6] =
+    [WeightType::F32, WeightType::F16, WeightType::Bf16, WeightType::Q4_0, WeightType::Q4_1, WeightType::Q8_0];
 
 #[test]
 fn every_type_and_tile_agrees_with_the_definition() {
@@ -149,7 +126,10 @@ fn every_type_and_tile_agrees_with_the_definition() {
                         let (sum, size) = terms.fold((0.0, 0.0), |(s, a), t| (s + t, a + t.abs()));
                         // The offset of unsigned weights cancels: its terms count towards the size too.
                         let size = if ty == WeightType::Q8_0 { size * 4.0 } else { size * 2.0 };
-                        assert!((f64::from(got) - sum).abs() <= 3e-6 * size + 1e-12, "{isa:?} {ty:?} {cols}: {got} {sum}");
+                        assert!(
+                            (f64::from(got) - sum).abs() <= 3e-6 * size + 1e-12,
+                            "{isa:?} {ty:?} {cols}: {got} {sum}"
+                        );
                     }
                 }
                 for rows in ROWS {
