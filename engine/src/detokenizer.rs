@@ -4,6 +4,8 @@
 //!   token bytes ──> [ incomplete character, at most 3 bytes ] ──> valid UTF-8 text
 //! ```
 
+use cupola_models::Tokenizer;
+
 /// What tokens stand for. Implemented by the tokenizer of `cupola-models`; small ones serve in tests.
 pub trait TokenText: Send + Sync {
     /// The exact bytes of a token, which need not be whole characters; empty for an id out of range.
@@ -11,6 +13,16 @@ pub trait TokenText: Send + Sync {
 
     /// True for control tokens, which are not part of the text.
     fn is_special(&self, id: u32) -> bool;
+}
+
+impl TokenText for Tokenizer {
+    fn token_bytes(&self, id: u32) -> &[u8] {
+        Tokenizer::token_bytes(self, id)
+    }
+
+    fn is_special(&self, id: u32) -> bool {
+        Tokenizer::is_special(self, id)
+    }
 }
 
 /// Text of one answer so far, but for an incomplete character at its end.

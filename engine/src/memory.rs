@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 /// Bytes that can be had without swapping; `None` where the system does not tell.
-pub(crate) fn available_memory() -> Option<u64> {
+pub fn available_memory() -> Option<u64> {
     let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| meminfo_available(&text));
     let group = fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| group_available(&text));
     match (machine, group) {

@@ -13,6 +13,7 @@ use std::fmt;
 
 use cupola_kernels::KvLayout;
 use cupola_kernels::kv::BLOCK_SIZE;
+use cupola_models::{DecoderLimits, Model};
 
 use crate::memory::available_memory;
 use crate::{EngineConfig, Error};
@@ -52,21 +53,39 @@ pub struct ModelFacts {
     pub kv: KvLayout,
     /// Longest sequence the model was trained for, in tokens.
     pub max_positions: usize,
-    /// Tokens of the vocabulary.
-    pub vocab: usize,
-    /// Values that one row of a step needs in all activation arenas together.
-    pub row_values: usize,
+    /// Activations, logits and tables for a step as large as configured, in bytes.
+    pub arena_bytes: u64,
 }
 
-/// Plans the memory of an engine; `available` is what the system can give, when it tells.
+/// Plans the memory of an engine on this machine as it is now.
+///
+/// # Errors
+/// [`Error::Memory`] with the number that would fit; [`Error::Config`] for a setting out of range.
+pub fn plan(model: &Model, config: &EngineConfig) -> Result<MemoryPlan, Error> {
+    let spec = &model.spec;
+    let limits = DecoderLimits {
+        max_batch_tokens: config.max_num_batched_tokens,
+        kv_blocks: 0,
+        max_model_len: config.max_model_len.unwrap_or(spec.max_positions),
+    };
+    let facts = ModelFacts {
+        weights_bytes: model.info.weight_bytes,
+        kv: spec.kv_layout(),
+        max_positions: spec.max_positions,
+        arena_bytes: limits.arena_bytes(spec),
+    };
+    plan_memory(&facts, config, available_memory())
+}
+
+/// [`plan`] from plain numbers; `available` is what the system can give, when it tells.
 ///
 /// # Errors
 /// [`Error::Memory`] with the number that would fit; [`Error::Config`] for a setting out of range.
 pub fn plan_memory(facts: &ModelFacts, config: &EngineConfig, available: Option<u64>) -> Result<MemoryPlan, Error> {
     config.validate()?;
     let free = available.unwrap_or(UNKNOWN_AVAILABLE);
-    let arena_bytes = arena_bytes(facts, config);
-    let fixed = facts.weights_bytes + arena_bytes;
+    let arena_bytes = facts.arena_bytes;
+    let fixed = facts.weights_bytes.saturating_add(arena_bytes);
     let left = free.checked_sub(fixed).ok_or_else(|| Error::Memory {
         what: "the model's weights with its arenas".into(),
         needed: fixed,
@@ -125,28 +144,8 @@ pub fn plan_memory(facts: &ModelFacts, config: &EngineConfig, available: Option<
     })
 }
 
-/// [`plan_memory`] with what the system says is available now.
-///
-/// # Errors
-/// The same.
-pub fn plan_here(facts: &ModelFacts, config: &EngineConfig) -> Result<MemoryPlan, Error> {
-    plan_memory(facts, config, available_memory())
-}
-
 fn blocks_for(tokens: usize) -> u64 {
     tokens.div_ceil(BLOCK_SIZE) as u64
-}
-
-/// Activations of every row of a step, and logits of every row that can be sampled in one.
-fn arena_bytes(facts: &ModelFacts, config: &EngineConfig) -> u64 {
-    let activations = config.max_num_batched_tokens as u64 * facts.row_values as u64;
-    let logits = max_outputs(config) as u64 * facts.vocab as u64;
-    (activations + logits) * size_of::<f32>() as u64
-}
-
-/// Rows of a step whose logits can be wanted: one for every running request. Prompt log-probabilities share them.
-pub(crate) fn max_outputs(config: &EngineConfig) -> usize {
-    config.running_limit()
 }
 
 impl fmt::Display for MemoryPlan {
@@ -195,7 +194,7 @@ mod tests {
     /// The shape of a 135-million-parameter Llama.
     fn facts() -> ModelFacts {
         let kv = KvLayout { layers: 30, kv_heads: 3, head_dim: 64 };
-        ModelFacts { weights_bytes: 98 << 20, kv, max_positions: 8192, vocab: 49152, row_values: 8000 }
+        ModelFacts { weights_bytes: 98 << 20, kv, max_positions: 8192, arena_bytes: 16 << 20 }
     }
 
     #[test]

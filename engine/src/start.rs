@@ -4,9 +4,12 @@ use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread;
 
+use cupola_kernels::cpu::{CpuBackend, CpuConfig};
+use cupola_models::{Decoder, DecoderLimits, Model};
+
 use crate::detokenizer::TokenText;
 use crate::handle::{EngineHandle, Shared, SharedSetup};
-use crate::plan::{MemoryPlan, max_outputs};
+use crate::plan::{MemoryPlan, plan};
 use crate::runner::ModelRunner;
 use crate::scheduler::Limits;
 use crate::step_loop::{LoopSetup, StepLoop};
@@ -30,8 +33,28 @@ pub struct EngineSetup {
 }
 
 impl Engine {
-    /// Starts the engine thread over a runner whose pool has `setup.plan.kv_blocks` blocks and which gives logits for at
-    /// least [`EngineConfig::running_limit`] rows a step.
+    /// Plans the memory, loads the model on the CPU and starts its engine.
+    ///
+    /// # Errors
+    /// What [`plan`] refuses, a model that cannot be loaded, and the errors of [`Engine::start`].
+    pub fn load(model: &Model, config: EngineConfig, cpu: CpuConfig) -> Result<EngineHandle, Error> {
+        let plan = plan(model, &config)?;
+        let limits = DecoderLimits {
+            max_batch_tokens: config.max_num_batched_tokens,
+            kv_blocks: plan.kv_blocks,
+            max_model_len: plan.max_model_len,
+        };
+        let backend = CpuBackend::new(cpu)?;
+        let decoder = Decoder::load(model, Box::new(backend), limits, &mut |layer, layers| {
+            tracing::trace!(layer, layers, "weights packed");
+        })?;
+        tracing::info!(backend = decoder.describe_backend(), bytes = decoder.allocated_bytes(), "model loaded");
+        let setup = EngineSetup { text: Arc::new(model.tokenizer.clone()), eos: model.info.eos_tokens.clone(), plan };
+        Self::start(Box::new(decoder), setup, config)
+    }
+
+    /// Starts the engine thread over a runner that takes batches of [`EngineConfig::max_num_batched_tokens`] rows and
+    /// has a pool of `setup.plan.kv_blocks` blocks.
     ///
     /// # Errors
     /// [`Error::Config`] for a setting out of range, [`Error::Thread`] when the system gives no thread.
@@ -53,11 +76,7 @@ impl Engine {
         let shared_setup = SharedSetup { plan, text, vocab: runner.vocab_size(), max_model_len };
         let shared = Arc::new(Shared::new(shared_setup, &config));
         let (commands, inbox) = sync_channel(config.max_queued_requests + CONTROL_COMMANDS);
-        let limits = Limits {
-            max_seqs: config.running_limit(),
-            max_rows: config.max_num_batched_tokens,
-            max_outputs: max_outputs(&config),
-        };
+        let limits = Limits { max_seqs: config.running_limit(), max_rows: config.max_num_batched_tokens };
         let step_loop = StepLoop::new(LoopSetup {
             runner,
             shared: Arc::clone(&shared),

@@ -31,8 +31,6 @@ pub(crate) struct Limits {
     pub(crate) max_seqs: usize,
     /// Rows of a step.
     pub(crate) max_rows: usize,
-    /// Rows of a step whose logits are wanted; at least `max_seqs`.
-    pub(crate) max_outputs: usize,
 }
 
 /// Consecutive rows of one running sequence.
@@ -56,12 +54,6 @@ pub(crate) struct Step {
     pub(crate) preempted: usize,
 }
 
-/// What is left of a step's limits while it is planned.
-struct Budget {
-    rows: usize,
-    outputs: usize,
-}
-
 /// Blocks of a sequence's beginning that the prefix cache has.
 struct Hit {
     nodes: Vec<NodeId>,
@@ -82,10 +74,7 @@ impl Scheduler {
     /// # Panics
     /// If the limits contradict each other.
     pub(crate) fn new(limits: Limits, num_blocks: usize) -> Self {
-        assert!(
-            1 <= limits.max_seqs && limits.max_seqs <= limits.max_rows && limits.max_seqs <= limits.max_outputs,
-            "every running sequence has a row and an output: {limits:?}"
-        );
+        assert!((1..=limits.max_rows).contains(&limits.max_seqs), "every running sequence has a row: {limits:?}");
         Self { limits, blocks: Blocks::new(num_blocks), waiting: VecDeque::new(), running: Vec::new() }
     }
 
@@ -136,11 +125,11 @@ impl Scheduler {
     pub(crate) fn schedule(&mut self) -> Step {
         let mut step = Step::default();
         loop {
-            let mut budget = Budget { rows: self.limits.max_rows, outputs: self.limits.max_outputs };
-            self.decode(&mut step, &mut budget);
-            self.prefill(&mut step, &mut budget);
+            let mut rows = self.limits.max_rows;
+            self.decode(&mut step, &mut rows);
+            self.prefill(&mut step, &mut rows);
             if step.preempted == 0 {
-                self.admit(&mut step, &mut budget);
+                self.admit(&mut step, &mut rows);
             }
             if !step.spans.is_empty() || self.running.is_empty() {
                 break;
@@ -150,14 +139,14 @@ impl Scheduler {
         }
         if step.spans.is_empty() && step.preempted > 0 {
             // Everyone was preempted, so every block is free again: the oldest runs alone.
-            let mut budget = Budget { rows: self.limits.max_rows, outputs: self.limits.max_outputs };
-            self.admit(&mut step, &mut budget);
+            let mut rows = self.limits.max_rows;
+            self.admit(&mut step, &mut rows);
         }
         step
     }
 
     /// One row for every sequence that decodes, oldest first. The youngest lose their blocks when one is missing.
-    fn decode(&mut self, step: &mut Step, budget: &mut Budget) {
+    fn decode(&mut self, step: &mut Step, rows: &mut usize) {
         let mut index = 0;
         while index < self.running.len() {
             if self.running[index].remaining() == 1 {
@@ -167,31 +156,31 @@ impl Scheduler {
                         return;
                     }
                 }
-                self.take(index, 1, step, budget);
+                self.take(index, 1, step, rows);
             }
             index += 1;
         }
     }
 
     /// Chunks of prompts in progress, oldest first, as far as rows and blocks go.
-    fn prefill(&mut self, step: &mut Step, budget: &mut Budget) {
+    fn prefill(&mut self, step: &mut Step, rows: &mut usize) {
         for index in 0..self.running.len() {
             let remaining = self.running[index].remaining();
-            if remaining == 1 || budget.rows == 0 {
+            if remaining == 1 || *rows == 0 {
                 continue;
             }
             let sequence = &self.running[index];
             let room = (sequence.blocks.len() + self.blocks.available()) * BLOCK_SIZE - sequence.computed;
-            let len = fit(sequence, remaining.min(budget.rows).min(room), budget.outputs);
+            let len = remaining.min(*rows).min(room);
             if len > 0 {
                 assert!(self.grow(index, len), "the blocks were counted");
-                self.take(index, len, step, budget);
+                self.take(index, len, step, rows);
             }
         }
     }
 
     /// Lets waiting sequences in, by arrival, while the whole prompt of each has blocks.
-    fn admit(&mut self, step: &mut Step, budget: &mut Budget) {
+    fn admit(&mut self, step: &mut Step, rows: &mut usize) {
         // Blocks that running prompts have yet to allocate are not for newcomers.
         let mut promised: usize = self
             .running
@@ -199,11 +188,7 @@ impl Scheduler {
             .map(|sequence| Sequence::blocks_for(sequence.tokens.len()).saturating_sub(sequence.blocks.len()))
             .sum();
         let mut next = 0;
-        while next < self.waiting.len()
-            && self.running.len() < self.limits.max_seqs
-            && budget.rows > 0
-            && budget.outputs > 0
-        {
+        while next < self.waiting.len() && self.running.len() < self.limits.max_seqs && *rows > 0 {
             let hit = self.look_up(&self.waiting[next]);
             if hit.announced {
                 next += 1;
@@ -220,14 +205,12 @@ impl Scheduler {
             sequence.computed = hit.blocks.len() * BLOCK_SIZE;
             sequence.cached.get_or_insert(sequence.computed);
             (sequence.blocks, sequence.chain) = (hit.blocks, hit.nodes);
-            let len = fit(&sequence, sequence.remaining().min(budget.rows), budget.outputs);
+            let len = sequence.remaining().min(*rows);
             let index = self.running.partition_point(|other| other.arrival < sequence.arrival);
             step.spans.iter_mut().filter(|span| span.seq >= index).for_each(|span| span.seq += 1);
             self.running.insert(index, sequence);
-            if len > 0 {
-                assert!(self.grow(index, len), "the blocks were counted");
-                self.take(index, len, step, budget);
-            }
+            assert!(self.grow(index, len), "the blocks were counted");
+            self.take(index, len, step, rows);
             let sequence = &self.running[index];
             promised += Sequence::blocks_for(sequence.tokens.len()) - sequence.blocks.len();
         }
@@ -269,7 +252,7 @@ impl Scheduler {
     }
 
     /// Puts the next `len` rows of a running sequence into the step, and announces the whole blocks they touch.
-    fn take(&mut self, index: usize, len: usize, step: &mut Step, budget: &mut Budget) {
+    fn take(&mut self, index: usize, len: usize, step: &mut Step, rows: &mut usize) {
         let sequence = &mut self.running[index];
         let (start, end) = (sequence.computed, sequence.computed + len);
         if sequence.sharing.write {
@@ -281,8 +264,7 @@ impl Scheduler {
             }
         }
         let first_output = sequence.first_output(start, len);
-        budget.rows -= len;
-        budget.outputs -= first_output.map_or(0, |first| end - first);
+        *rows -= len;
         step.spans.push(Span { seq: index, start, len, first_output });
     }
 
@@ -339,15 +321,6 @@ impl Scheduler {
             return Err("the queues are not in order of arrival".into());
         }
         self.blocks.check(self.running.iter().map(|sequence| sequence.blocks.as_slice()))
-    }
-}
-
-/// Shortens the next `len` rows of a sequence until no more than `outputs` of them want logits.
-fn fit(sequence: &Sequence, len: usize, outputs: usize) -> usize {
-    let end = sequence.computed + len;
-    match sequence.first_output(sequence.computed, len) {
-        Some(first) if end - first > outputs => first + outputs - sequence.computed,
-        _ => len,
     }
 }
 

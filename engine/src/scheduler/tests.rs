@@ -4,7 +4,7 @@ use super::*;
 use crate::sequence::Sharing;
 
 fn scheduler(max_seqs: usize, max_rows: usize, num_blocks: usize) -> Scheduler {
-    Scheduler::new(Limits { max_seqs, max_rows, max_outputs: max_seqs }, num_blocks)
+    Scheduler::new(Limits { max_seqs, max_rows }, num_blocks)
 }
 
 /// `len` tokens that differ from those of every other `kind`.
@@ -197,20 +197,6 @@ fn salts_and_private_sequences_do_not_share() {
         s.add(Sequence { sharing, ..Sequence::for_test(arrival, prompt(0, 64)) });
     }
     assert_eq!(step(&mut s), [(0, 0, 64), (1, 0, 64), (2, 0, 64)]);
-}
-
-#[test]
-fn scored_prompts_share_the_outputs_of_a_step() {
-    let mut s = Scheduler::new(Limits { max_seqs: 4, max_rows: 64, max_outputs: 8 }, 60);
-    add(&mut s, 0, prompt(0, 3));
-    s.add(Sequence { scored: Some(0), ..Sequence::for_test(1, prompt(1, 20)) });
-    let planned = s.schedule();
-    assert_eq!(planned.spans[1], Span { seq: 1, start: 0, len: 7, first_output: Some(0) });
-    s.commit(&planned);
-    s.running_mut(0).tokens.push(7);
-    s.running_mut(1).scored = Some(7);
-    let planned = s.schedule();
-    assert_eq!(planned.spans[1], Span { seq: 1, start: 7, len: 7, first_output: Some(7) });
 }
 
 #[test]

@@ -141,7 +141,8 @@ impl ModelRunner for FakeRunner {
                 self.memory[place(table, span.pos0 as usize + i)] = batch.tokens[span.row0 as usize + i];
             }
         }
-        (self.logits.clear(), self.argmax.clear());
+        self.logits.clear();
+        self.argmax.clear();
         let mut outputs = batch.outputs.iter().copied().peekable();
         for (span, table) in batch.spans.iter().zip(&tables) {
             while let Some(row) = outputs.next_if(|row| *row < span.row0 + span.rows) {

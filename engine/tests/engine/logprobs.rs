@@ -66,8 +66,8 @@ fn prompts_report_every_token_but_the_first() {
 }
 
 #[test]
-fn few_output_rows_only_slow_a_scored_prompt_down() {
-    let config = EngineConfig { max_num_seqs: 5, ..EngineConfig::default() };
+fn scored_prompts_go_in_chunks_side_by_side() {
+    let config = EngineConfig { max_num_batched_tokens: 32, max_num_seqs: 5, ..EngineConfig::default() };
     let rig = Plan { config, step_time: Duration::from_micros(100), ..Plan::default() }.start();
     let scored: Vec<_> = (0..5)
         .map(|i| {
