@@ -14,11 +14,14 @@ mod arch;
 pub mod batch;
 pub mod decoder;
 pub mod config;
+pub mod decoder;
 pub mod error;
 pub mod hub;
 mod model;
 pub mod spec;
 pub mod template;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod tokenizer;
 pub mod weights;
 

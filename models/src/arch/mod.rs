@@ -17,6 +17,8 @@ use crate::weights::Weights;
 use crate::weights::gguf::Gguf;
 
 mod llama;
+#[cfg(test)]
+mod tests;
 
 type FromGguf = fn(&Gguf, &str) -> Result<DecoderSpec>;
 type FromConfig = fn(&HfConfig) -> Result<DecoderSpec>;

@@ -22,6 +22,8 @@ mod hf;
 mod local;
 mod pypi;
 mod reference;
+#[cfg(test)]
+mod tests;
 
 pub use catalog::{CatalogEntry, Source, catalog, default_entry, find};
 pub use reference::ModelRef;

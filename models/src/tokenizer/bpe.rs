@@ -121,27 +121,34 @@ pub(super) fn pre_tokenizer(name: &str) -> Result<PreTokenizer> {
     Ok(PreTokenizer { splitter, whole_words: known.whole_words, nfc: known.nfc, bos: known.bos })
 }
 
-/// The printable characters that GPT-2 writes bytes as: most bytes that print in Latin-1 as themselves, the others in
-/// order from U+0100.
+/// First code point that no byte is written as.
+const ALPHABET_END: usize = 0x144;
+
+/// The printable characters that GPT-2 writes bytes as: bytes that print in Latin-1 as themselves, the others in order
+/// from U+0100.
+pub(crate) fn byte_characters() -> [char; 256] {
+    let mut stand_ins = '\u{100}'..;
+    std::array::from_fn(|byte| {
+        let byte = byte as u8;
+        match byte {
+            b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF => char::from(byte),
+            _ => stand_ins.next().expect("there are 68 of them"),
+        }
+    })
+}
+
+/// The way back from [`byte_characters`].
 #[derive(Clone, Debug)]
 pub(super) struct ByteAlphabet {
-    /// The byte behind each character below U+0144.
-    bytes: [Option<u8>; 0x144],
+    /// The byte behind each code point.
+    bytes: [Option<u8>; ALPHABET_END],
 }
 
 impl ByteAlphabet {
     pub(super) fn new() -> Self {
-        let mut bytes = [None; 0x144];
-        let mut next = 0x100;
-        for byte in 0..=u8::MAX {
-            let prints = matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
-            let at = if prints {
-                usize::from(byte)
-            } else {
-                next += 1;
-                next - 1
-            };
-            bytes[at] = Some(byte);
+        let mut bytes = [None; ALPHABET_END];
+        for (byte, character) in (0..=u8::MAX).zip(byte_characters()) {
+            bytes[character as usize] = Some(byte);
         }
         Self { bytes }
     }

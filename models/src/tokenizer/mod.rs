@@ -15,10 +15,12 @@ use tokenizers::{AddedVocabulary, Model as _, OffsetType, PreTokenizer as _};
 
 use crate::error::{Error, Result};
 
-mod bpe;
+pub(crate) mod bpe;
 mod gguf;
 mod json;
 mod spm;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use gguf::from_gguf;
 pub(crate) use json::from_folder;

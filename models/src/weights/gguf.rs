@@ -32,7 +32,7 @@ const MAX_NESTING: u32 = 4;
 
 /// One metadata value. Strings and arrays are ranges of the file.
 #[derive(Clone, Debug, PartialEq)]
-enum Value {
+pub(super) enum Value {
     Unsigned(u64),
     Signed(i64),
     Float(f64),
@@ -68,7 +68,7 @@ impl Gguf {
     /// [`Error::Io`] when it cannot be read, [`Error::Format`] with the place and the expectation when it is damaged.
     pub fn open(path: &Path) -> Result<Self> {
         let file = super::map(path)?;
-        let (values, tensors) = Parser { path, bytes: file.bytes(), at: 0 }.run()?;
+        let (values, tensors) = parse(path, file.bytes())?;
         Ok(Self { path: path.to_owned(), file, values, tensors })
     }
 
@@ -302,6 +302,11 @@ fn tensor_type(raw: u32) -> TensorType {
         other => return TensorType::Other(format!("number {other}")),
     };
     TensorType::Other(name.to_owned())
+}
+
+/// Reads the whole metadata of a file.
+pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<(BTreeMap<String, Value>, BTreeMap<String, Tensor>)> {
+    Parser { path, bytes, at: 0 }.run()
 }
 
 /// What the file says about a tensor before the start of the data is known.

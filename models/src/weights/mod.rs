@@ -21,6 +21,10 @@ use crate::error::{Error, Result};
 
 pub mod gguf;
 pub mod safetensors;
+#[cfg(test)]
+mod tests;
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod writer;
 
 /// Element type of a stored tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -165,8 +169,7 @@ impl Weights {
 
     fn known(&self, name: &str) -> Result<(&Tensor, WeightType)> {
         let Some(tensor) = self.tensors.get(name) else {
-            let path = self.files.first().map_or_else(PathBuf::new, |(path, _)| path.clone());
-            return Err(Error::Missing { path, what: format!("tensor {name}") });
+            return Err(Error::Missing { path: self.path().to_owned(), what: format!("tensor {name}") });
         };
         match &tensor.ty {
             TensorType::Known(ty) => Ok((tensor, *ty)),

@@ -16,6 +16,9 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 
+#[cfg(test)]
+mod tests;
+
 /// Instructions that one rendering may take; a conversation of 1,000 messages takes about 100,000.
 const FUEL: u64 = 5_000_000;
 /// Nested macro calls.
