@@ -45,6 +45,14 @@ pub enum Error {
         /// Names that would work.
         available: String,
     },
+    /// Worker threads that the system would not start.
+    #[error("cannot start {count} worker threads: {source}")]
+    Threads {
+        /// Threads asked for.
+        count: usize,
+        /// Cause.
+        source: std::io::Error,
+    },
     /// A file that could not be mapped.
     #[error("cannot map {path}: {source}")]
     Map {

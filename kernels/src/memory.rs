@@ -20,6 +20,7 @@ mod sealed {
     impl Plain for i8 {}
     impl Plain for u16 {}
     impl Plain for u32 {}
+    impl Plain for u64 {}
     impl Plain for i32 {}
     impl Plain for f32 {}
     impl<T: Plain, const N: usize> Plain for [T; N] {}
@@ -158,18 +159,18 @@ mod system {
 /// The borrow checker cannot see that the parts are disjoint, so taking one is unsafe; the lifetime keeps the arena
 /// borrowed meanwhile.
 #[derive(Clone, Copy)]
-pub(crate) struct Shared<'a, T: Plain> {
+pub(crate) struct SharedMut<'a, T: Plain> {
     ptr: NonNull<T>,
     len: usize,
     _borrows: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: a `Shared` only hands out parts under the contract of `part`, which forbids overlap between threads.
-unsafe impl<T: Plain> Send for Shared<'_, T> {}
+// SAFETY: a `SharedMut` only hands out parts under the contract of `part`, which forbids overlap between threads.
+unsafe impl<T: Plain> Send for SharedMut<'_, T> {}
 // SAFETY: as above.
-unsafe impl<T: Plain> Sync for Shared<'_, T> {}
+unsafe impl<T: Plain> Sync for SharedMut<'_, T> {}
 
-impl<'a, T: Plain> Shared<'a, T> {
+impl<'a, T: Plain> SharedMut<'a, T> {
     /// Shares out a slice.
     pub(crate) fn new(slice: &'a mut [T]) -> Self {
         Self { len: slice.len(), ptr: NonNull::from(slice).cast(), _borrows: PhantomData }
@@ -251,9 +252,8 @@ impl MappedFile {
             if start < end {
                 // SAFETY: the pages are a private, never written view of a file: dropped ones are read from it again.
                 // A refusal costs memory, not correctness.
-                let _ = unsafe {
-                    self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start)
-                };
+                let _ =
+                    unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
             }
         }
         #[cfg(not(unix))]

@@ -1,5 +1,8 @@
 //! Weight types as they lie in files, and their sizes.
 
+pub mod ggml;
+pub(crate) mod pack;
+
 /// Element or block type of a weight tensor (names and layouts: ggml, <https://github.com/ggml-org/ggml>).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]

@@ -307,3 +307,42 @@ fn what_does_not_fit_is_refused() {
     assert!(refused(&|world| world.window = Some(0)).contains("window"));
     assert!(refused(&|world| world.softcap = Some(0.0)).contains("softcap"));
 }
+
+#[test]
+#[ignore = "a measurement"]
+fn speed() {
+    let isa = Isa::best();
+    let layers = 30;
+    for (name, threads, sequences) in [
+        ("prefill 512", 1, vec![(0, 512)]),
+        ("prefill 512", 2, vec![(0, 512)]),
+        ("prefill 512 at 2048", 2, vec![(2048, 512)]),
+        ("decode at 2048", 1, vec![(2047, 1)]),
+        ("decode at 2048", 2, vec![(2047, 1)]),
+        ("decode at 100", 2, vec![(100, 1)]),
+        ("decode 16 at 512", 2, vec![(511, 1); 16]),
+    ] {
+        let worlds: Vec<World> = (0..layers).map(|_| World::new((9, 3, 64), &sequences)).collect();
+        let world = &worlds[0];
+        let mut pool = Pool::new(threads).unwrap();
+        let mut scratch = AttentionScratch::new(threads, 64).unwrap();
+        let mut act = Act::new(world.rows(), world.out_cols(), 8).unwrap();
+        let writer = act.begin("test", world.rows(), Form { int8: true, float: false }).unwrap();
+        let mut times: Vec<f64> = (0..15)
+            .map(|_| {
+                let start = std::time::Instant::now();
+                for world in &worlds {
+                    attention(&mut pool, isa, &mut scratch, &world.op(), &writer).unwrap();
+                }
+                start.elapsed().as_secs_f64()
+            })
+            .collect();
+        times.sort_by(f64::total_cmp);
+        let seen: usize = sequences.iter().map(|&(p, n)| (0..n).map(|i| p + i + 1).sum::<usize>()).sum();
+        let flop = (seen * 9 * 64 * 4 * layers) as f64;
+        let bytes = sequences.iter().map(|&(p, n)| (p + n) * 3 * 64 * 4 * layers).sum::<usize>() as f64;
+        for t in [times[0], times[times.len() / 2]] {
+            println!("{name} {threads}T: {:.3} ms, {:.1} GFLOP/s, {:.1} GB/s", t * 1e3, flop / t * 1e-9, bytes / t * 1e-9);
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! Matrix products: one panel of 16 output rows against many rows of activations.
+//!
+//! ```text
+//!   multiply(panel, rows)          16 outputs of each row, into a small stage [rows][16]
+//!     │ blocks                        │ floats
+//!   IntDot::panel                    float::panel
+//!     └─ tiles of 1, 2, 4 or 8 rows share each load of the panel
+//! ```
+//!
+//! **Numbers.** Unsigned weights times signed activations, exact in i32 within a block of 32 columns; then, block after
+//! block, `acc = fma(sum, d_w * d_x, acc)` and `acc = fma(offset_w, s_x, acc)`. That order is the same for every tile, so a
+//! row's result does not depend on the rows beside it.
+
+pub(super) mod float;
+mod scalar;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+
+#[cfg(test)]
+mod tests;
+
+use super::act::{ActReader, Tile, tiles};
+use super::isa::Isa;
+use super::simd::{Kernel, Simd, dispatch, prefetch_line};
+use crate::WeightType;
+use crate::format::ggml::BLOCK;
+use crate::format::pack::{PANEL, PanelBlock, Q4_0x16, Q4_1x16, Q8_0x16};
+use crate::memory::{Plain, cast};
+
+/// 16 outputs of one activation row.
+pub(super) type Lanes = [f32; PANEL];
+
+/// Rows that are multiplied with a panel before the next panel: their activations stay in the L2 cache, and so does what
+/// an instruction set unpacks a panel into.
+pub(super) const GROUP: usize = 128;
+
+/// One block of a tile of `N` rows: their quants.
+pub(super) type TileQuants<const N: usize> = [[i8; BLOCK]; N];
+/// One block of a tile of `N` rows: their scales, then their scaled sums.
+pub(super) type TileScales<const N: usize> = [[f32; N]; 2];
+
+/// Integer dot products of one instruction set.
+pub(crate) trait IntDot: Copy {
+    /// Rows of a full activation tile: 4 or 8.
+    const TILE_ROWS: usize;
+
+    /// Bytes of scratch that [`IntDot::panel`] wants for panels of `cols` columns.
+    fn scratch_bytes(cols: usize) -> usize {
+        let _ = cols;
+        0
+    }
+
+    /// Multiplies a panel with one tile.
+    fn tile<B: PanelBlock, const N: usize>(
+        self,
+        panel: &[B],
+        quants: &[TileQuants<N>],
+        scales: &[TileScales<N>],
+        out: &mut [Lanes; N],
+    );
+
+    /// Multiplies a panel with all rows of a group; `out` has one entry for each.
+    #[inline(always)]
+    fn panel<B: PanelBlock>(self, panel: &[B], rows: Group<'_>, scratch: &mut [u8], out: &mut [Lanes]) {
+        let _ = scratch;
+        for tile in rows.tiles() {
+            let out = &mut out[tile.row - rows.first..][..tile.len];
+            match tile.len {
+                8 => self.tile::<B, 8>(panel, rows.quants(tile), rows.scales(tile), exact(out)),
+                4 => self.tile::<B, 4>(panel, rows.quants(tile), rows.scales(tile), exact(out)),
+                2 => self.tile::<B, 2>(panel, rows.quants(tile), rows.scales(tile), exact(out)),
+                _ => self.tile::<B, 1>(panel, rows.quants(tile), rows.scales(tile), exact(out)),
+            }
+        }
+    }
+}
+
+/// Consecutive activation rows that are multiplied together: whole tiles.
+#[derive(Clone, Copy)]
+pub(crate) struct Group<'a> {
+    acts: ActReader<'a>,
+    first: usize,
+    end: usize,
+}
+
+impl<'a> Group<'a> {
+    /// All groups of an activation.
+    pub(super) fn split(acts: ActReader<'a>) -> impl Iterator<Item = Group<'a>> {
+        (0..acts.rows).step_by(GROUP).map(move |first| Group { acts, first, end: acts.rows.min(first + GROUP) })
+    }
+
+    /// Index of the first row.
+    pub(super) fn first(&self) -> usize {
+        self.first
+    }
+
+    /// Number of rows.
+    pub(super) fn len(&self) -> usize {
+        self.end - self.first
+    }
+
+    #[inline(always)]
+    fn tiles(&self) -> impl Iterator<Item = Tile> + use<> {
+        tiles(self.first, self.end, self.acts.tile_rows)
+    }
+
+    #[inline(always)]
+    fn quants<const N: usize>(&self, tile: Tile) -> &'a [TileQuants<N>] {
+        let (blocks, _) = self.acts.tile(tile).0.as_chunks::<BLOCK>();
+        blocks.as_chunks::<N>().0
+    }
+
+    #[inline(always)]
+    fn scales<const N: usize>(&self, tile: Tile) -> &'a [TileScales<N>] {
+        let (halves, _) = self.acts.tile(tile).1.as_chunks::<N>();
+        halves.as_chunks::<2>().0
+    }
+}
+
+/// How far ahead of the block in use packed weights are fetched, in bytes: the hardware's own prefetch stops at each
+/// 4 KiB page.
+const PREFETCH: usize = 4096;
+
+/// Asks for the memory [`PREFETCH`] bytes after block `index` of a panel, which is in the panels that follow.
+#[inline(always)]
+fn prefetch_ahead<B>(panel: &[B], index: usize) {
+    let ahead = panel.as_ptr().wrapping_add(index).cast::<u8>().wrapping_add(PREFETCH);
+    for line in 0..size_of::<B>().div_ceil(64) {
+        prefetch_line(ahead.wrapping_add(line * 64));
+    }
+}
+
+/// A slice as an array of the length that it is known to have.
+#[inline(always)]
+fn exact<T: Plain, const N: usize>(slice: &mut [T]) -> &mut [T; N] {
+    slice.try_into().expect("the slice was cut to the tile's length")
+}
+
+/// Multiplies a packed panel with all rows of a group; `out` has one entry for each.
+pub(super) fn multiply(isa: Isa, ty: WeightType, panel: &[u8], rows: Group<'_>, to: (&mut [u8], &mut [Lanes])) {
+    let (scratch, out) = to;
+    dispatch(isa, Multiply { ty, panel, rows, scratch, out });
+}
+
+struct Multiply<'a> {
+    ty: WeightType,
+    panel: &'a [u8],
+    rows: Group<'a>,
+    scratch: &'a mut [u8],
+    out: &'a mut [Lanes],
+}
+
+impl Kernel for Multiply<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { ty, panel, rows, scratch, out } = self;
+        match ty {
+            WeightType::F32 => float::panel(s, cast::<float::AsF32>(panel), rows, out),
+            WeightType::F16 => float::panel(s, cast::<float::AsF16>(panel), rows, out),
+            WeightType::Bf16 => float::panel(s, cast::<float::AsBf16>(panel), rows, out),
+            WeightType::Q4_0 => s.panel(cast::<Q4_0x16>(panel), rows, scratch, out),
+            WeightType::Q4_1 => s.panel(cast::<Q4_1x16>(panel), rows, scratch, out),
+            WeightType::Q8_0 => s.panel(cast::<Q8_0x16>(panel), rows, scratch, out),
+        }
+    }
+}

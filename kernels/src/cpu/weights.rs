@@ -1,0 +1,211 @@
+//! Packed weight matrices and the memory they lie in.
+//!
+//! ```text
+//!   Linear   parts ── each: rows of one type ──> panels of 16 rows, the last one padded with zero rows
+//!   Store    chunks of 32 MiB in huge pages  [ panels of matrix 0 | panels of matrix 1 | ... ]
+//! ```
+//!
+//! Matrices follow each other in load order, which is the order of use: prefetching past the end of one reads the next.
+
+use super::act::Form;
+use super::pool::Pool;
+use crate::format::pack::{PANEL, pack_panel, panel_bytes};
+use crate::memory::{ALIGN, Arena, SharedMut};
+use crate::{Error, PartOrder, Result, WeightPart, WeightType};
+
+/// Bytes of an ordinary chunk of the store.
+const CHUNK: usize = 32 << 20;
+
+/// Where bytes lie in the store.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    chunk: usize,
+    offset: usize,
+    len: usize,
+}
+
+/// The memory of all packed weights.
+#[derive(Default)]
+pub(super) struct Store {
+    chunks: Vec<Arena<u8>>,
+    /// Bytes in use of the last chunk.
+    used: usize,
+    /// Bytes in use of all chunks.
+    total: u64,
+}
+
+impl Store {
+    fn reserve(&mut self, len: usize) -> Result<Place> {
+        if self.chunks.last().is_none_or(|chunk| chunk.len() - self.used < len) {
+            self.chunks.push(Arena::zeroed(len.max(CHUNK), "packed weights")?);
+            self.used = 0;
+        }
+        let place = Place { chunk: self.chunks.len() - 1, offset: self.used, len };
+        let used = (self.used + len).next_multiple_of(ALIGN).min(self.chunks[place.chunk].len());
+        self.total += (used - self.used) as u64;
+        self.used = used;
+        Ok(place)
+    }
+
+    #[inline(always)]
+    fn bytes(&self, place: Place) -> &[u8] {
+        &self.chunks[place.chunk][place.offset..][..place.len]
+    }
+
+    /// Bytes in use.
+    pub(super) fn total(&self) -> u64 {
+        self.total
+    }
+}
+
+/// Rows of one type.
+struct Part {
+    ty: WeightType,
+    rows: usize,
+    /// Index of the first row within the matrix.
+    first: usize,
+    place: Place,
+    panel_bytes: usize,
+}
+
+impl Part {
+    fn panels(&self) -> usize {
+        self.rows.div_ceil(PANEL)
+    }
+
+    fn panel<'a>(&self, store: &'a Store, index: usize) -> Panel<'a> {
+        let place = Place { offset: self.place.offset + index * self.panel_bytes, len: self.panel_bytes, ..self.place };
+        let row = index * PANEL;
+        Panel { ty: self.ty, bytes: store.bytes(place), first: self.first + row, rows: PANEL.min(self.rows - row) }
+    }
+}
+
+/// A panel of a packed matrix.
+#[derive(Clone, Copy)]
+pub(super) struct Panel<'a> {
+    pub(super) ty: WeightType,
+    pub(super) bytes: &'a [u8],
+    /// Index of its first row within the matrix.
+    pub(super) first: usize,
+    /// Rows that are not padding.
+    pub(super) rows: usize,
+}
+
+/// A packed weight matrix of shape `[rows, cols]`.
+pub(super) struct Linear {
+    parts: Vec<Part>,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) order: PartOrder,
+    pub(super) bias: Option<Vec<f32>>,
+    /// What it needs its activations as.
+    pub(super) form: Form,
+}
+
+impl Linear {
+    /// Checks and packs the parts of a matrix.
+    ///
+    /// # Errors
+    /// As [`crate::Backend::load_linear`].
+    pub(super) fn pack(
+        store: &mut Store,
+        pool: &mut Pool,
+        parts: &[WeightPart<'_>],
+        order: PartOrder,
+        bias: Option<&[f32]>,
+    ) -> Result<Self> {
+        const OP: &str = "load_linear";
+        let refuse = |expected: String, got: String| Err(Error::Shape { op: OP, expected, got });
+        let Some(cols) = parts.first().map(|part| part.cols) else {
+            return refuse("at least one part".into(), "none".into());
+        };
+        let mut form = Form::default();
+        for part in parts {
+            let unsupported =
+                |why| Error::UnsupportedWeight { ty: part.ty.name(), rows: part.rows, cols: part.cols, why };
+            if part.rows == 0 || part.cols == 0 {
+                return Err(unsupported("it is empty"));
+            }
+            if part.cols != cols {
+                return refuse(format!("{cols} columns, as in the first part"), part.cols.to_string());
+            }
+            let row_bytes = part.ty.row_bytes(cols).ok_or_else(|| unsupported("its rows are not whole blocks"))?;
+            if row_bytes.checked_mul(part.rows) != Some(part.data.len()) {
+                return refuse(
+                    format!("{} rows of {row_bytes} bytes of {}", part.rows, part.ty.name()),
+                    format!("{} bytes", part.data.len()),
+                );
+            }
+            let float = part.ty.block_len() == 1;
+            form = form.union(Form { int8: !float, float });
+        }
+        if order == PartOrder::GateUp && (parts.len() != 2 || parts[0].rows != parts[1].rows || form == BOTH) {
+            let shapes: Vec<_> = parts.iter().map(|p| format!("{} x {} of {}", p.rows, cols, p.ty.name())).collect();
+            return refuse("gate and up of one shape, both floats or both blocks".into(), shapes.join(", "));
+        }
+        let rows = parts.iter().map(|part| part.rows).sum();
+        if let Some(bias) = bias
+            && bias.len() != rows
+        {
+            return refuse(format!("a bias of {rows} values"), bias.len().to_string());
+        }
+        let mut packed = Vec::with_capacity(parts.len());
+        let mut first = 0;
+        for part in parts {
+            packed.push(pack_part(store, pool, part, first)?);
+            first += part.rows;
+        }
+        Ok(Self { parts: packed, rows, cols, order, bias: bias.map(<[f32]>::to_vec), form })
+    }
+
+    /// Number of panels.
+    pub(super) fn panels(&self) -> usize {
+        self.parts.iter().map(Part::panels).sum()
+    }
+
+    /// Panel `index`, counted over all parts.
+    #[inline]
+    pub(super) fn panel<'a>(&self, store: &'a Store, mut index: usize) -> Panel<'a> {
+        let mut parts = self.parts.iter();
+        loop {
+            let part = parts.next().expect("the index is below `panels()`");
+            match index.checked_sub(part.panels()) {
+                None => return part.panel(store, index),
+                Some(rest) => index = rest,
+            }
+        }
+    }
+
+    /// Panel `index` of part `part`, if the part has that many.
+    #[inline]
+    pub(super) fn part_panel<'a>(&self, store: &'a Store, part: usize, index: usize) -> Option<Panel<'a>> {
+        let part = &self.parts[part];
+        (index < part.panels()).then(|| part.panel(store, index))
+    }
+
+    /// The panel that holds `row`, and the row's lane in it.
+    pub(super) fn locate<'a>(&self, store: &'a Store, row: usize) -> (Panel<'a>, usize) {
+        let part = self.parts.iter().rfind(|part| part.first <= row).expect("the first part starts at row 0");
+        let row = row - part.first;
+        (part.panel(store, row / PANEL), row % PANEL)
+    }
+}
+
+const BOTH: Form = Form { int8: true, float: true };
+
+fn pack_part(store: &mut Store, pool: &mut Pool, part: &WeightPart<'_>, first: usize) -> Result<Part> {
+    let &WeightPart { ty, rows, cols, data } = part;
+    let panel_bytes = panel_bytes(ty, cols).expect("the shape was checked before");
+    let panels = rows.div_ceil(PANEL);
+    let len =
+        panels.checked_mul(panel_bytes).ok_or(Error::OutOfMemory { bytes: usize::MAX, what: "packed weights" })?;
+    let place = store.reserve(len)?;
+    let target = SharedMut::new(&mut store.chunks[place.chunk][place.offset..][..len]);
+    pool.run(panels, &|panel, _worker| {
+        let source = &data[panel * panel_bytes..data.len().min((panel + 1) * panel_bytes)];
+        // SAFETY: each chunk of the job writes the panel of its own index.
+        let target = unsafe { target.part(panel * panel_bytes, panel_bytes) };
+        pack_panel(ty, cols, source, target);
+    });
+    Ok(Part { ty, rows, first, place, panel_bytes })
+}
