@@ -24,4 +24,6 @@ pub mod meter;
 mod observe;
 mod request_id;
 mod sse;
+#[cfg(test)]
+mod tests;
 mod ui;

@@ -10,9 +10,10 @@ use serde_json::{Map, Value};
 /// What JSON, which has no infinity, shows for a token that cannot come.
 const FLOOR: f32 = -9999.0;
 
-fn finite(logprob: f32) -> f32 {
+/// As a 64-bit number: the same digits whether a body is built from it or a chunk is written at once.
+fn finite(logprob: f32) -> f64 {
     // A NaN becomes the floor as well.
-    if logprob > FLOOR { logprob } else { FLOOR }
+    if logprob > FLOOR { logprob.into() } else { FLOOR.into() }
 }
 
 /// `choices[].logprobs` of a chat.
@@ -32,7 +33,7 @@ struct ChatToken {
 #[derive(Debug, PartialEq, Serialize)]
 struct OneToken {
     token: String,
-    logprob: f32,
+    logprob: f64,
     bytes: Vec<u8>,
 }
 
@@ -59,7 +60,7 @@ impl ChatLogprobs {
 #[derive(Debug, Default, PartialEq, Serialize)]
 pub(crate) struct CompletionLogprobs {
     tokens: Vec<String>,
-    token_logprobs: Vec<Option<f32>>,
+    token_logprobs: Vec<Option<f64>>,
     top_logprobs: Vec<Option<Map<String, Value>>>,
     /// Where each token begins in the answer's text, in characters.
     text_offset: Vec<usize>,
@@ -112,7 +113,7 @@ impl CompletionLogprobs {
         let mut top = Map::new();
         // The token itself is always among them: scorers compare it with the best.
         for &(token, logprob) in entry.top.iter().chain([&(entry.token, entry.logprob)]) {
-            top.insert(label(tokenizer.token_bytes(token)), f64::from(finite(logprob)).into());
+            top.insert(label(tokenizer.token_bytes(token)), finite(logprob).into());
         }
         self.top_logprobs.push(Some(top));
     }
@@ -175,8 +176,8 @@ mod tests {
 
     #[test]
     fn infinities_become_numbers() {
-        assert_eq!(finite(f32::NEG_INFINITY), FLOOR);
-        assert_eq!(finite(f32::NAN), FLOOR);
+        assert_eq!(finite(f32::NEG_INFINITY), -9999.0);
+        assert_eq!(finite(f32::NAN), -9999.0);
         assert_eq!(finite(-0.5), -0.5);
     }
 }
