@@ -12,7 +12,6 @@
 
 mod arch;
 pub mod batch;
-pub mod decoder;
 pub mod config;
 pub mod decoder;
 pub mod error;
