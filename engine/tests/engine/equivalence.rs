@@ -154,3 +154,16 @@ fn sampling_reaches_many_tokens_and_seeds_are_drawn() {
     (0..300).for_each(|_| counts[rig.ask(request.clone()).tokens[0] as usize] += 1);
     assert!(counts.iter().filter(|count| **count > 0).count() > 30, "{counts:?}");
 }
+
+#[test]
+fn every_token_draws_its_own_number() {
+    let rig = Plan::default().start();
+    let mut request = Request::greedy(vec![1, 2, 3], 60);
+    // Two tokens share all of the probability, about evenly, whatever came before.
+    request.sampling.logit_bias = vec![(4, 1e6), (5, 1e6)];
+    request.sampling.temperature = 100.0;
+    let tokens = rig.ask(request).tokens;
+    let fours = tokens.iter().filter(|token| **token == 4).count();
+    assert!((10..50).contains(&fours), "{tokens:?}");
+    assert_eq!(tokens.iter().filter(|token| **token == 5).count(), 60 - fours);
+}

@@ -92,3 +92,17 @@ fn the_next_turn_of_a_conversation_reuses_the_answer() {
     assert_eq!(second.usage.cached_tokens, 64);
     rig.settle();
 }
+
+#[test]
+fn a_prompt_that_is_cached_whole_computes_its_last_block() {
+    for len in [32, 33, 64, 96] {
+        let rig = Plan::default().start();
+        let mut request = Request::greedy(prompt(len), 40);
+        request.stop.ignore_eos = true;
+        let cold = rig.ask(request.clone());
+        let warm = rig.ask(request);
+        assert_eq!(warm.tokens, cold.tokens);
+        assert_eq!(warm.usage.cached_tokens, (len - 1) / 32 * 32);
+        rig.settle();
+    }
+}
