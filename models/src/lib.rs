@@ -14,7 +14,6 @@ mod arch;
 pub mod batch;
 pub mod decoder;
 pub mod config;
-pub mod decoder;
 pub mod error;
 pub mod hub;
 mod model;
