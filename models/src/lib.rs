@@ -13,7 +13,6 @@
 mod arch;
 pub mod batch;
 pub mod config;
-pub mod decoder;
 pub mod error;
 pub mod hub;
 mod model;

@@ -141,11 +141,11 @@ fn curl(addr: SocketAddr, model: &str, chat: bool, with_keys: bool) -> String {
         ip => ip,
     };
     let url = format!("http://{}", SocketAddr::new(host, addr.port()));
-    let question = "The capital of France is";
+    let question = "What is the capital of France? Answer in one word.";
     let (path, body) = if chat {
         ("chat/completions", json!({"model": model, "messages": [{"role": "user", "content": question}]}))
     } else {
-        ("completions", json!({"model": model, "prompt": question, "max_tokens": 16}))
+        ("completions", json!({"model": model, "prompt": "The capital of France is", "max_tokens": 16}))
     };
     let key = if with_keys { " -H \"Authorization: Bearer $CUPOLA_API_KEY\"" } else { "" };
     let body = body.to_string().replace('\'', r"'\''");

@@ -163,6 +163,7 @@ impl<'a> Report<'a> {
             _ => {}
         }
         if let Some(cpu) = self.run.client_cpu
+            && self.run.duration > 1.0
             && cpu > 0.5 * self.run.duration
         {
             notes.push(format!(
