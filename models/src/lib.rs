@@ -13,6 +13,7 @@
 mod arch;
 pub mod batch;
 pub mod config;
+pub mod decoder;
 pub mod error;
 pub mod hub;
 mod model;
