@@ -33,7 +33,7 @@ use crate::format::ggml::BLOCK;
 use crate::kv::{BlockId, KvLayout, SeqSpan};
 use crate::memory::{Arena, SharedMut};
 use crate::{Error, HeadShape, Result};
-use plan::{Item, Plan};
+use plan::Plan;
 use tile::{FoldSlots, Out, RunItem, Unstage};
 
 /// Positions of a stretch: the unit in which an item can be split over threads.
@@ -132,7 +132,7 @@ pub(crate) fn attention(
     }
     let rows = (op.qkv.len() / op.shape.qkv_cols()).min(out.rows());
     let blocks = op.kv.len() / op.layout.block_elements();
-    let spans = Spans::check(OP, op.spans, op.block_table, (op.layout, blocks), rows)?;
+    let spans = Spans::check(OP, op.spans, op.block_table, blocks, rows)?;
 
     let AttentionScratch { plan, workers, slots, staged, .. } = scratch;
     plan.make(op.spans, (heads / kv_heads, kv_heads), op.window, pool.threads());

@@ -159,10 +159,10 @@ const LN2_HIGH: f32 = 0.693_359_4;
 /// ln 2 - [`LN2_HIGH`].
 const LN2_LOW: f32 = -2.121_944_4e-4;
 /// `q` in `e^r = 1 + r + r^2 q(r)`, fitted by least squares of the relative error over `|r| <= 0.3471`: error 3.6e-9.
-const EXP_POLY: [f32; 5] = [4.999_999e-1, 1.666_651_9e-1, 4.166_942e-2, 8.368_941e-3, 1.375_753_2e-3];
+const EXP_POLY: [f32; 5] = [4.999_999e-1, 1.666_652e-1, 4.166_942e-2, 8.368_941e-3, 1.375_753_2e-3];
 
 /// `q` in `2^r = 1 + r q(r)`, fitted likewise over `|r| <= 0.501`: error 1.1e-7.
-const EXP2_POLY: [f32; 5] = [6.931_468_5e-1, 2.402_223_5e-1, 5.550_893_8e-2, 9.671_897e-3, 1.321_901_9e-3];
+const EXP2_POLY: [f32; 5] = [6.931_468e-1, 2.402_223_5e-1, 5.550_893_8e-2, 9.671_897e-3, 1.321_901_9e-3];
 
 /// A function over vectors, with its arguments as fields.
 pub(crate) trait Kernel {
