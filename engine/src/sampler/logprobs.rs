@@ -9,7 +9,7 @@ pub(super) fn describe(logits: &[f32], token: u32, top: usize) -> Result<TokenLo
     let total = math::log_sum_exp(logits, largest);
     let logprob = |logit: f32| (f64::from(logit) - total) as f32;
     let own = logits[token as usize];
-    let above: u32 = logits.iter().map(|logit| u32::from(*logit > own)).sum();
+    let above = math::count(logits, |logit| logit > own);
     let best = best(logits, top).into_iter().map(|(logit, token)| (token, logprob(logit))).collect();
     Ok(TokenLogprobs { token, logprob: logprob(own), rank: above + 1, top: best })
 }
@@ -20,8 +20,12 @@ fn best(logits: &[f32], n: usize) -> Vec<(f32, u32)> {
     if n == 0 {
         return best;
     }
-    for (token, logit) in (0..).zip(logits) {
-        if best.len() < n || *logit > best[n - 1].0 {
+    for (run, first) in logits.chunks(math::LANES).zip((0..).step_by(math::LANES)) {
+        let worst = if best.len() < n { None } else { best.last().map(|(logit, _)| *logit) };
+        if worst.is_some_and(|worst| math::count(run, |logit| logit > worst) == 0) {
+            continue;
+        }
+        for (logit, token) in run.iter().zip(first..) {
             let place = best.partition_point(|(other, _)| other >= logit);
             best.insert(place, (*logit, token));
             best.truncate(n);

@@ -1,7 +1,7 @@
 //! Passes over a whole row of logits, written so that the compiler makes vectors of them on any CPU.
 
 /// Values handled side by side; a multiple of every vector width.
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 /// Values summed in f32 before the sum goes on in f64.
 const RUN: usize = 1024;
 
@@ -32,8 +32,9 @@ pub(super) fn largest(logits: &[f32]) -> Result<f32, &'static str> {
 /// Index of the largest logit, the lowest among equals.
 pub(super) fn argmax(logits: &[f32]) -> Result<u32, &'static str> {
     let best = largest(logits)?;
-    let index = logits.iter().position(|x| *x == best).expect("the largest is one of them");
-    Ok(u32::try_from(index).expect("token ids are below 2^32"))
+    let run = logits.chunks(LANES).position(|run| count(run, |x| x >= best) > 0).expect("the largest is one of them");
+    let lane = logits[run * LANES..].iter().position(|x| *x >= best).expect("it is in this run");
+    Ok(u32::try_from(run * LANES + lane).expect("token ids are below 2^32"))
 }
 
 /// `e^x` for `x <= 0`, to about 1e-7 of its value, and at most 1e-37 below -87. Cody and Waite's reduction to
@@ -112,12 +113,15 @@ fn sum(run: &[f32]) -> f64 {
     lanes.iter().map(|lane| f64::from(*lane)).sum::<f64>() + f64::from(rest)
 }
 
+/// How many values are so. No early exit: it must stay a vector compare.
+pub(super) fn count(values: &[f32], is: impl Fn(f32) -> bool) -> u32 {
+    values.iter().map(|x| u32::from(is(*x))).sum()
+}
+
 /// Calls `take` for every value of at least `threshold`; a vector's worth at a time is skipped when none is.
 pub(super) fn at_least(values: &[f32], threshold: f32, mut take: impl FnMut(usize, f32)) {
     for (i, chunk) in values.chunks(LANES).enumerate() {
-        // No early exit in this loop: it must stay a vector compare.
-        let hits: u32 = chunk.iter().map(|x| u32::from(*x >= threshold)).sum();
-        if hits > 0 {
+        if count(chunk, |x| x >= threshold) > 0 {
             for (j, x) in chunk.iter().enumerate().filter(|(_, x)| **x >= threshold) {
                 take(i * LANES + j, *x);
             }

@@ -30,7 +30,7 @@ pub(super) struct Buffers {
 }
 
 /// Distances from the largest logit tried in turn when looking for the `top_k`.
-const LOGIT_DISTANCES: [f32; 6] = [2.0, 4.0, 8.0, 16.0, 32.0, f32::INFINITY];
+const LOGIT_DISTANCES: [f32; 10] = [2.0, 3.0, 4.5, 6.5, 9.0, 12.0, 16.0, 24.0, 40.0, f32::INFINITY];
 /// Weights, relative to the largest, tried in turn when looking for the `top_p`.
 const WEIGHT_FLOORS: [f32; 6] = [0.1, 0.01, 1e-3, 1e-4, 1e-6, 0.0];
 /// Candidates that are sorted outright rather than cut in half once more.
