@@ -216,19 +216,19 @@ impl StepLoop {
     /// Requests whose reader is gone leave, and their blocks are free before the next step.
     fn drop_cancelled(&mut self) {
         let metrics = &self.shared.metrics;
-        let mut cancelled = false;
         for answer in self.answers.iter_mut().flatten().filter(|answer| answer.events.is_closed()) {
             let counter = if answer.has_started() { &metrics.cancelled_running } else { &metrics.cancelled_waiting };
             counter.add(1);
-            (answer.ended, cancelled) = (true, true);
+            answer.ended = true;
         }
-        if cancelled {
-            self.drop_ended();
-        }
+        self.drop_ended();
     }
 
     fn drop_ended(&mut self) {
         let answers = &self.answers;
+        if !answers.iter().flatten().any(|answer| answer.ended) {
+            return;
+        }
         self.scheduler.remove_if(|sequence| answers[sequence.slot].as_ref().is_none_or(|answer| answer.ended));
         for place in &mut self.answers {
             place.take_if(|answer| answer.ended);

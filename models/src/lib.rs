@@ -12,8 +12,8 @@
 
 mod arch;
 pub mod batch;
-pub mod decoder;
 pub mod config;
+pub mod decoder;
 pub mod error;
 pub mod hub;
 mod model;

@@ -8,7 +8,10 @@ use crate::support::server::Server;
 fn chat(extra: Value) -> Value {
     let mut body = json!({
         "model": "test-model", "temperature": 0, "max_tokens": 24,
-        "messages": [{"role": "user", "content": "The capital of France is"}],
+        "messages": [
+            {"role": "system", "content": "You are a helpful assistant."},
+            {"role": "user", "content": "The capital of France is"},
+        ],
     });
     merge(&mut body, extra);
     body

@@ -1,4 +1,6 @@
-//! What the tests share: the default model, comparisons, and (later in the folder) servers and clients.
+//! What the tests share: the default model, running servers, comparisons.
+
+pub(crate) mod server;
 
 use std::path::PathBuf;
 use std::sync::OnceLock;

@@ -25,14 +25,14 @@ pub(super) struct Partial {
 }
 
 impl Partial {
-    /// Starts a file, or takes up what an earlier attempt left when `resume` says that its content can be checked.
-    pub(super) fn open(place: &Path, resume: bool) -> Fetched<Self> {
+    /// Starts a file, or takes up what an earlier attempt left.
+    pub(super) fn open(place: &Path) -> Fetched<Self> {
         let mut path = place.as_os_str().to_owned();
         path.push(".part");
         let path = PathBuf::from(path);
         let failed = |e: std::io::Error| format!("cannot write {}: {e}", path.display());
         let mut file =
-            File::options().read(true).write(true).create(true).truncate(!resume).open(&path).map_err(failed)?;
+            File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
         let mut hash = Sha256::new();
         // Reading to the end also leaves the position where writing goes on.
         let len = std::io::copy(&mut file, &mut hash).map_err(failed)?;

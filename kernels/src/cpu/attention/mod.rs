@@ -5,10 +5,11 @@
 //!   item = (sequence, kv head, query heads x tokens: up to 24 rows)          plan.rs
 //!     for each stretch of 512 positions           (a partial result m, l, o per row)
 //!       for each tile of 64 positions             (two blocks of the pool)
-//!         for each up to 6 rows (12 with AVX-512) (every K and V vector loaded serves all of them)   tile.rs
-//!           scores  = q . K            K block [group of 16][dim][16]: 16 scores to a vector
-//!           softmax: m, l, p
-//!           o       = o * alpha + p . V         V block [position][dim]
+//!         for each up to 6 rows (12 with AVX-512)                            tile.rs
+//!           p = q . K                 K block [group of 16][dim][16]: 16 scores to a vector
+//!           softmax of p, with m and l
+//!         for each up to 6 rows (every K and V vector that is loaded serves all of them)
+//!           o = o * alpha + p . V     V block [position][dim]
 //!       fold the stretch into the row's result
 //! ```
 //!
@@ -41,8 +42,6 @@ const STRETCH: usize = 512;
 const TILE: usize = 64;
 /// Rows (query head of a token) of an item.
 const MAX_ROWS: usize = 24;
-/// Rows that share one load of a key or value vector, for the instruction set with the most registers.
-const MAX_TILE_ROWS: usize = 12;
 
 /// What [`attention`] reads.
 #[derive(Clone, Copy)]

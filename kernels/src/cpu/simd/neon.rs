@@ -19,6 +19,7 @@ impl Neon {
 /// Runs a kernel with the feature enabled.
 #[inline]
 pub(super) fn run<K: Kernel>(s: Neon, kernel: K) -> K::Output {
+    #[inline(never)]
     #[target_feature(enable = "neon")]
     fn enabled<K: Kernel>(s: Neon, kernel: K) -> K::Output {
         kernel.run(s)
