@@ -202,7 +202,8 @@ fn a_chat_takes_commands_and_ends_with_its_input() {
 #[cfg(unix)]
 #[test]
 fn ctrl_c_stops_an_answer_and_not_the_chat() {
-    let args = ["run", tiny_model(), "-i", "--raw", "--system", "x", "--verbose"];
+    let Some(model) = testing::real_model() else { return };
+    let args = ["run", model.to_str().expect("UTF-8"), "-i", "--raw", "--temperature", "0"];
     let mut child = cupola(&args)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -211,7 +212,7 @@ fn ctrl_c_stops_an_answer_and_not_the_chat() {
         .expect("the binary runs");
     let mut input = child.stdin.take().expect("piped");
     let mut output = child.stdout.take().expect("piped");
-    input.write_all(b"tell me a long story\n").expect("the chat reads");
+    input.write_all(b"One, two, three, four,\n").expect("the chat reads");
     // The answer has begun: from here on it runs until it is stopped or the context is full.
     output.read_exact(&mut [0; 1]).expect("an answer begins");
     interrupt(&child, "-INT");
@@ -220,7 +221,8 @@ fn ctrl_c_stops_an_answer_and_not_the_chat() {
     output.read_to_end(&mut rest).expect("the chat ends");
     let rest = String::from_utf8_lossy(&rest).into_owned();
     assert!(child.wait().expect("it ends").success());
-    assert!(rest.contains("generated; first token after"), "the chat went on after Ctrl-C: {rest}");
+    assert!(rest.contains(" [stopped]\n"), "the answer was stopped: {rest}");
+    assert!(rest.contains("generated; first token after") && rest.contains("; cancelled"), "the chat went on: {rest}");
 }
 
 #[test]
@@ -308,4 +310,19 @@ fn nobody_to_measure_is_one_sentence_with_what_to_do() {
     assert_eq!(output.status.code(), Some(1));
     let said = text(&output.stderr);
     assert!(said.starts_with("error: cannot connect to 127.0.0.1:") && said.contains("cupola serve"), "{said}");
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_a_single_answer_with_130() {
+    // The tiny model would be done before the signal comes.
+    let Some(model) = testing::real_model() else { return };
+    let args = ["run", model.to_str().expect("UTF-8"), "One, two, three, four,", "--raw", "--temperature", "0"];
+    let mut child = cupola(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary runs");
+    let mut output = child.stdout.take().expect("piped");
+    output.read_exact(&mut [0; 1]).expect("an answer begins");
+    interrupt(&child, "-INT");
+    let mut rest = Vec::new();
+    output.read_to_end(&mut rest).expect("the answer ends");
+    assert_eq!(child.wait().expect("it ends").code(), Some(130));
 }

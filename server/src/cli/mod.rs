@@ -83,7 +83,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            if !error.is_broken_pipe() {
+            if !error.is_silent() {
                 // With standard error closed there is nobody left to tell.
                 drop(writeln!(std::io::stderr(), "error: {error}"));
             }

@@ -205,7 +205,7 @@ mod tests {
         assert_eq!(lines.len(), 4, "{text}");
         assert!(lines.iter().all(|line| line.chars().count() == lines[0].chars().count()), "{text}");
         assert!(lines[2].contains("pp512 | 1512.00 ± 690.14 | 1512.00 |"), "{text}");
-        assert!(lines[3].contains("tg128 b4 @ d64 |   512.00 ± 0.00 |  512.00 |"), "{text}");
+        assert!(lines[3].contains("tg128 b4 @ d64 |    512.00 ± 0.00 |  512.00 |"), "{text}");
     }
 
     #[test]

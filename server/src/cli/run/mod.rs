@@ -180,5 +180,5 @@ async fn single(args: &RunArgs, session: &Session, prompt: &str, out: &mut dyn W
     if args.verbose {
         drop(writeln!(std::io::stderr(), "{}", answer.figures()));
     }
-    Ok(())
+    if answer.reason.is_none() { Err(Error::Interrupted) } else { Ok(()) }
 }
