@@ -88,7 +88,10 @@ fn completions_stream_the_same(server: &Server) {
         let (_, whole) = server.post("/v1/completions", &completion(sampling.clone()));
         let mut body = completion(sampling);
         merge(&mut body, json!({"stream": true}));
-        assert_eq!(texts(&server.stream("/v1/completions", &body)), whole["choices"][0]["text"].as_str().expect("text"));
+        assert_eq!(
+            texts(&server.stream("/v1/completions", &body)),
+            whole["choices"][0]["text"].as_str().expect("text")
+        );
     }
     let (_, echoed) = server.post("/v1/completions", &completion(json!({"echo": true})));
     assert!(echoed["choices"][0]["text"].as_str().expect("text").starts_with("Once upon a time"));
