@@ -39,6 +39,14 @@ impl Partial {
         Ok(Self { path, file, hash, len })
     }
 
+    /// Gives up before anything came: an empty file is of no use to a later attempt.
+    pub(super) fn abandon(self) {
+        if self.len == 0 {
+            // Left behind, it is empty and will be written over.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+
     /// Forgets what is there.
     pub(super) fn restart(&mut self) -> Fetched<()> {
         use std::io::Seek as _;

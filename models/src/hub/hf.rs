@@ -154,7 +154,13 @@ impl Client {
         progress: &dyn Progress,
     ) -> Fetched<()> {
         let mut partial = Partial::open(place)?;
-        let (mut response, mut promised) = self.get(url, partial.len)?;
+        let (mut response, mut promised) = match self.get(url, partial.len) {
+            Ok(answer) => answer,
+            Err(reason) => {
+                partial.abandon();
+                return Err(reason);
+            }
+        };
         // What an earlier attempt left is only of use where the whole can be checked at the end.
         let unusable =
             response.status() == StatusCode::RANGE_NOT_SATISFIABLE || (known.is_none() && promised.is_none());

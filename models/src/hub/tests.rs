@@ -204,6 +204,7 @@ fn a_file_comes_through_a_redirect_and_is_checked() {
     assert_eq!(left.len(), 1, "neither lock nor partial file is left: {left:?}");
 
     let missing = resolve(&hub, "hf:org/repo:c.gguf").unwrap_err().to_string();
+    assert!(!hub.cache_dir().join("hf/org--repo/main/c.gguf.part").exists());
     assert!(missing.contains("could not fetch hf:org/repo:c.gguf: the hub answers 404"), "{missing}");
 }
 
