@@ -50,10 +50,10 @@ pub fn write(
     (model, results): (&ModelInfo, &[Measured]),
     test_time: &str,
 ) -> std::io::Result<()> {
-    let rows = results.iter().map(|result| row(model, result, test_time));
+    let mut rows = results.iter().map(|result| row(model, result, test_time));
     match format {
         Format::Json => writeln!(out, "{:#}", Value::from(rows.collect::<Vec<_>>())),
-        Format::JsonLines => rows.map(|row| writeln!(out, "{row}")).collect(),
+        Format::JsonLines => rows.try_for_each(|row| writeln!(out, "{row}")),
         Format::Csv => {
             writeln!(out, "{}", COLUMNS.join(","))?;
             for row in rows {
