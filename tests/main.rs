@@ -10,5 +10,10 @@
 //!   browser/  the chat page in Chromium
 //! ```
 
+mod api;
+mod browser;
+mod clients;
+mod engine;
+mod faults;
 mod golden;
 mod support;

@@ -15,7 +15,8 @@ for _ in $(seq 1800); do
 done
 answer=$(curl -sSf "$url/v1/chat/completions" -H 'content-type: application/json' -d '{
   "model": "smollm2-135m-instruct", "temperature": 0, "max_tokens": 16,
-  "messages": [{"role": "user", "content": "The capital of France is"}]}')
+  "messages": [{"role": "system", "content": "You are a helpful assistant."},
+               {"role": "user", "content": "The capital of France is"}]}')
 echo "$answer"
 case "$answer" in *Paris*) ;; *) echo "expected Paris in the answer"; exit 1 ;; esac
 kill -TERM "$server"

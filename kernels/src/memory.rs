@@ -33,8 +33,8 @@ pub(crate) use sealed::Plain;
 pub struct Arena<T: Plain> {
     ptr: NonNull<T>,
     len: usize,
-    /// Start and length in bytes of the mapping that `ptr` lies in; `None` for the empty arena.
-    map: Option<(NonNull<u8>, usize)>,
+    /// What `ptr` lies in; `None` for the empty arena.
+    map: Option<system::Mapping>,
     _owns: PhantomData<T>,
 }
 
@@ -55,8 +55,8 @@ impl<T: Plain> Arena<T> {
         if bytes == 0 {
             return Ok(Self { ptr: NonNull::dangling(), len, map: None, _owns: PhantomData });
         }
-        let (start, map) = system::map(bytes).ok_or_else(|| refused(bytes))?;
-        Ok(Self { ptr: start.cast(), len, map: Some(map), _owns: PhantomData })
+        let (map, aligned) = system::map(bytes).ok_or_else(|| refused(bytes))?;
+        Ok(Self { ptr: aligned.cast(), len, map: Some(map), _owns: PhantomData })
     }
 
     /// Size in bytes.
@@ -67,8 +67,8 @@ impl<T: Plain> Arena<T> {
 
 impl<T: Plain> Drop for Arena<T> {
     fn drop(&mut self) {
-        if let Some((start, bytes)) = self.map {
-            system::unmap(start, bytes);
+        if let Some(map) = self.map.take() {
+            system::unmap(map);
         }
     }
 }
@@ -99,8 +99,14 @@ impl<T: Plain> std::fmt::Debug for Arena<T> {
 mod system {
     use super::{HUGE_PAGE, NonNull};
 
-    /// Maps at least `bytes` zeroed bytes. Returns the aligned start, and the whole mapping for [`unmap`].
-    pub(super) fn map(bytes: usize) -> Option<(NonNull<u8>, (NonNull<u8>, usize))> {
+    /// A mapping of the system.
+    pub(super) struct Mapping {
+        start: NonNull<u8>,
+        length: usize,
+    }
+
+    /// Maps at least `bytes` zeroed bytes. Returns the mapping and the first aligned byte in it.
+    pub(super) fn map(bytes: usize) -> Option<(Mapping, NonNull<u8>)> {
         let huge = bytes >= HUGE_PAGE;
         // The system aligns to its page size only; a huge page more leaves room to align by hand.
         let length = if huge { bytes.checked_next_multiple_of(HUGE_PAGE)?.checked_add(HUGE_PAGE)? } else { bytes };
@@ -113,7 +119,7 @@ mod system {
         }
         let start = NonNull::new(start.cast::<u8>())?;
         if !huge {
-            return Some((start, (start, length)));
+            return Some((Mapping { start, length }, start));
         }
         let skip = start.as_ptr().align_offset(HUGE_PAGE);
         // SAFETY: `skip < HUGE_PAGE`, and the mapping is a huge page longer than what is used.
@@ -123,13 +129,13 @@ mod system {
         unsafe {
             libc::madvise(aligned.as_ptr().cast(), length - HUGE_PAGE, libc::MADV_HUGEPAGE)
         };
-        Some((aligned, (start, length)))
+        Some((Mapping { start, length }, aligned))
     }
 
     /// Gives a mapping back.
-    pub(super) fn unmap(start: NonNull<u8>, length: usize) {
-        // SAFETY: the caller is the owner's `drop`; these are the start and length that `map` got from the system.
-        unsafe { libc::munmap(start.as_ptr().cast(), length) };
+    pub(super) fn unmap(map: Mapping) {
+        // SAFETY: start and length are what `map` got from the system, and the owner is being dropped.
+        unsafe { libc::munmap(map.start.as_ptr().cast(), map.length) };
     }
 }
 
@@ -138,19 +144,24 @@ mod system {
     use super::{ALIGN, NonNull};
     use std::alloc::Layout;
 
-    /// Allocates `bytes` zeroed bytes. Returns the start twice: the allocator aligns.
-    pub(super) fn map(bytes: usize) -> Option<(NonNull<u8>, (NonNull<u8>, usize))> {
+    /// An allocation.
+    pub(super) struct Mapping {
+        start: NonNull<u8>,
+        layout: Layout,
+    }
+
+    /// Allocates `bytes` zeroed bytes. Returns the allocation and its first byte.
+    pub(super) fn map(bytes: usize) -> Option<(Mapping, NonNull<u8>)> {
         let layout = Layout::from_size_align(bytes, ALIGN).ok()?;
         // SAFETY: the caller asks for at least one byte.
         let start = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })?;
-        Some((start, (start, bytes)))
+        Some((Mapping { start, layout }, start))
     }
 
     /// Gives an allocation back.
-    pub(super) fn unmap(start: NonNull<u8>, bytes: usize) {
-        let layout = Layout::from_size_align(bytes, ALIGN).expect("the same layout was accepted by `map`");
-        // SAFETY: the caller is the owner's `drop`; start and layout are those of `map`.
-        unsafe { std::alloc::dealloc(start.as_ptr(), layout) };
+    pub(super) fn unmap(map: Mapping) {
+        // SAFETY: start and layout are those of `map`, and the owner is being dropped.
+        unsafe { std::alloc::dealloc(map.start.as_ptr(), map.layout) };
     }
 }
 

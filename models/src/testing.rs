@@ -200,7 +200,7 @@ fn tokenizer_json() -> serde_json::Value {
         "post_processor": null, "decoder": bytes,
         "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
                   "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
-                  "vocab": vocab, "merges": MERGES},
+                  "vocab": vocab, "merges": MERGES.as_slice()},
     })
 }
 

@@ -13,7 +13,7 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 
-use crate::api::{admin, health, metrics, openai, tokenize};
+use crate::api::{admin, health, metrics, openai, openapi, tokenize};
 use crate::config::ServerConfig;
 use crate::error::ApiError;
 use crate::lifecycle::{Lifecycle, Phase};
@@ -79,6 +79,7 @@ pub fn build_router(app: AppState) -> Router {
         .route("/live", get(health::live))
         .route("/version", get(health::version))
         .route("/metrics", get(metrics::metrics))
+        .route("/openapi.json", get(openapi::document))
         .route("/admin/reset_prefix_cache", post(admin::reset_prefix_cache))
         .merge(ui::routes())
         .fallback(no_route)

@@ -199,7 +199,7 @@ impl ApiError {
             SubmitError::InvalidParameter { name, message } => Self::field(name, format!("`{name}` {message}")),
             SubmitError::ShuttingDown => Self::Draining,
             SubmitError::Dead => Self::EngineDead,
-            other => Self::field(param, other.to_string()),
+            other => Self::field(param, format!("`{param}`: {other}")),
         }
     }
 

@@ -65,7 +65,7 @@ impl LocalModel {
             engine,
             tokenizer,
             template: template.map(Arc::new),
-            defaults: info.generation.clone(),
+            defaults: info.generation,
             info,
             created: unix_now(),
             longest_token,

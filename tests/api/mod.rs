@@ -8,7 +8,10 @@ use crate::support::server::Server;
 fn chat(extra: Value) -> Value {
     let mut body = json!({
         "model": "test-model", "temperature": 0, "max_tokens": 24,
-        "messages": [{"role": "user", "content": "The capital of France is"}],
+        "messages": [
+            {"role": "system", "content": "You are a helpful assistant."},
+            {"role": "user", "content": "The capital of France is"},
+        ],
     });
     merge(&mut body, extra);
     body
@@ -85,7 +88,10 @@ fn completions_stream_the_same(server: &Server) {
         let (_, whole) = server.post("/v1/completions", &completion(sampling.clone()));
         let mut body = completion(sampling);
         merge(&mut body, json!({"stream": true}));
-        assert_eq!(texts(&server.stream("/v1/completions", &body)), whole["choices"][0]["text"].as_str().expect("text"));
+        assert_eq!(
+            texts(&server.stream("/v1/completions", &body)),
+            whole["choices"][0]["text"].as_str().expect("text")
+        );
     }
     let (_, echoed) = server.post("/v1/completions", &completion(json!({"echo": true})));
     assert!(echoed["choices"][0]["text"].as_str().expect("text").starts_with("Once upon a time"));

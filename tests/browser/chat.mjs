@@ -5,7 +5,7 @@
 // --locked-url is a second server that asks for --key; without it the 401 answers are made up at the network boundary.
 // --screenshot writes the page in the light theme, and beside it the dark one (chat-dark.png).
 // --only runs the tests whose name contains the given text.
-// --expect is what the answer to "The capital of France is" must contain.
+// --expect is what the answer to the first question must contain.
 // Chromium is $CUPOLA_CHROMIUM or /usr/bin/chromium. The last line is `N passed, N failed`; the exit code is 1 on failure.
 
 import assert from "node:assert/strict";

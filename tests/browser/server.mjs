@@ -25,7 +25,7 @@ export function serverTests(options) {
   return tests;
 }
 
-const FRANCE = "The capital of France is";
+const FRANCE = "What is the capital of France? Answer in one word.";
 
 async function byKeyboard(tab, { expect }) {
   await tab.ready();

@@ -14,7 +14,10 @@ fn openai_python_sdk() {
         Command::new(python).args(["-c", "import openai"]).output().is_ok_and(|output| output.status.success())
     });
     let Some(python) = python else {
-        return skip("openai", "no python with the openai package (python3 -m venv .venv, then install tests/clients/requirements.txt)");
+        return skip(
+            "openai",
+            "no python with the openai package (python3 -m venv .venv, then install tests/clients/requirements.txt)",
+        );
     };
     let server = Server::start(&model, &[]);
     let output = Command::new(python)

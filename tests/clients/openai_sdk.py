@@ -6,7 +6,10 @@ import openai
 
 base_url, model = sys.argv[1:3]
 client = openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0)
-question = [{"role": "user", "content": "The capital of France is"}]
+question = [
+    {"role": "system", "content": "You are a helpful assistant."},
+    {"role": "user", "content": "The capital of France is"},
+]
 
 assert [m.id for m in client.models.list()] == [model]
 assert client.models.retrieve(model).id == model

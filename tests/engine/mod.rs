@@ -53,15 +53,18 @@ async fn answer(engine: &EngineHandle, request: Request) -> Vec<u32> {
 /// Each request alone on a fresh engine without prefix reuse, its prompt in one chunk where it fits.
 fn alone(model: &Model, requests: &[Request]) -> Vec<Vec<u32>> {
     let engine = start(model, EngineConfig { enable_prefix_caching: false, max_num_batched_tokens: 1024, ..config() });
+    requests.iter().map(|request| block_on(answer(&engine, request.clone()))).collect()
+}
+
+/// Runs a future, and the tasks it spawns, on this thread.
+fn block_on<T>(future: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
-    requests.iter().map(|request| runtime.block_on(answer(&engine, request.clone()))).collect()
+    tokio::task::LocalSet::new().block_on(&runtime, future)
 }
 
 /// All requests with at most `concurrency` at a time, arriving at uneven moments, with cancelled ones in between.
 fn together(engine: &EngineHandle, requests: &[Request], concurrency: usize) -> Vec<Vec<u32>> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
-    let local = tokio::task::LocalSet::new();
-    runtime.block_on(local.run_until(async {
+    block_on(async {
         let gate = std::rc::Rc::new(tokio::sync::Semaphore::new(concurrency));
         let tasks: Vec<_> = requests
             .iter()
@@ -86,11 +89,11 @@ fn together(engine: &EngineHandle, requests: &[Request], concurrency: usize) -> 
             answers.push(task.await.expect("no task panics"));
         }
         answers
-    }))
+    })
 }
 
 fn check(engine: &EngineHandle) {
-    let report = engine.check_integrity().expect("the key/value pool is consistent");
+    let report = block_on(engine.check_integrity()).expect("the key/value pool is consistent");
     assert_eq!((report.leased, report.free + report.cached), (0, report.total));
 }
 

@@ -45,7 +45,8 @@ fn a_client_that_goes_away_frees_its_blocks() {
     server.wait_for_metric("vllm:num_requests_waiting", 0.0);
     server.wait_for_metric("vllm:num_requests_running", 0.0);
     server.wait_for_metric(used, 0.0);
-    let (status, answer) = server.post("/v1/completions", &json!({"model": "test-model", "prompt": "Hello", "max_tokens": 4}));
+    let (status, answer) =
+        server.post("/v1/completions", &json!({"model": "test-model", "prompt": "Hello", "max_tokens": 4}));
     assert_eq!(status, 200, "{answer}");
 }
 

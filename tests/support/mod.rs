@@ -1,11 +1,13 @@
-//! What the tests share: the default model, comparisons, and (later in the folder) servers and clients.
+//! What the tests share: the default model, running servers, comparisons.
+
+pub(crate) mod server;
 
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-use cupola_kernels::cpu::{CpuBackend, CpuConfig};
 use cupola_kernels::BlockId;
-use cupola_models::decoder::{blocks_for, Decoder, DecoderLimits};
+use cupola_kernels::cpu::{CpuBackend, CpuConfig};
+use cupola_models::decoder::{Decoder, DecoderLimits, blocks_for};
 use cupola_models::hub::{Hub, Progress};
 use cupola_models::{Batch, Model};
 

@@ -16,7 +16,9 @@ pub(crate) fn binary() -> &'static Path {
         let test = std::env::current_exe().expect("the path of this test");
         let profile = test.ancestors().nth(2).expect("a profile folder above deps/");
         let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "--quiet", "--package", "cupola"]).env("CARGO_TARGET_DIR", profile.parent().expect("target"));
+        build
+            .args(["build", "--quiet", "--package", "cupola"])
+            .env("CARGO_TARGET_DIR", profile.parent().expect("target"));
         if profile.ends_with("release") {
             build.arg("--release");
         }
@@ -122,7 +124,11 @@ impl Drop for Server {
 }
 
 fn agent() -> ureq::Agent {
-    ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(Duration::from_secs(300))).build().into()
+    ureq::Agent::config_builder()
+        .http_status_as_error(false)
+        .timeout_global(Some(Duration::from_secs(300)))
+        .build()
+        .into()
 }
 
 fn read_json(mut answer: http::Response<ureq::Body>) -> (u16, Value) {

@@ -151,7 +151,7 @@ mod tests {
     fn all_lengths_agree_with_the_definition() {
         for isa in runnable() {
             for len in [1, 2, 15, 16, 17, 31, 48, 63, 64, 65, 127, 128, 576, 577, 1000] {
-                let x: Vec<f32> = (0..len).map(|i| noise(i)).collect();
+                let x: Vec<f32> = (0..len).map(noise).collect();
                 let weight: Vec<f32> = (0..len).map(|i| noise(i + 7000)).collect();
                 let expected = reference(&x, &weight, 1e-5);
                 let close = |got: f32, expected: f64| (f64::from(got) - expected).abs() <= 1e-6 * expected.abs();

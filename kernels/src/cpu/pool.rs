@@ -3,7 +3,7 @@
 //! ```text
 //!   caller (worker 0)                 shared                           workers 1..n
 //!   write job, chunks, done = 0
-//!   publish ──────────────> ticket = epoch | next chunk <────── spin, yield, park until the epoch changes
+//!   publish ──────────────> ticket = epoch | chunks left <───── spin, yield, park until the epoch changes
 //!   claim chunks by CAS on the ticket                           claim chunks by CAS on the ticket
 //!   run them, done += 1 each                                    run them, done += 1 each
 //!   wait until done == chunks: spin, yield, park                whoever makes done == chunks wakes the caller
@@ -15,10 +15,12 @@
 //! **Who touches what.** `job`, `chunks`, `done` and `panic` are written by the caller between jobs only. Workers read
 //! `job` and `chunks`, and then must win a compare-and-swap on `ticket` before they use them.
 //!
-//! **Why that is sound.** The ticket holds the epoch, so a swap succeeds only while a chunk of that very epoch is
-//! unclaimed. The caller starts the next job only after it has seen `done == chunks`, and the claimed chunk is counted
-//! there only after it ran. So between a won swap and the matching `done += 1`, the job stays in place, with the borrows
-//! that its closure holds. Fields read before a *lost* swap may belong to any epoch; they are atomics and are thrown away.
+//! **Why that is sound.** The ticket holds the epoch and how many of its chunks are unclaimed, so a swap from a count above
+//! zero succeeds only while a chunk of that very epoch is unclaimed. (A count of claimed chunks would not do: whether it is
+//! the last one would depend on `chunks`, which the caller writes before the ticket.) The caller starts the next job only
+//! after it has seen `done == chunks`, and the claimed chunk is counted there only after it ran. So between a won swap and
+//! the matching `done += 1`, the job stays in place, with the borrows that its closure holds, and the fields read before
+//! the swap are its own. Fields read before a *lost* swap may belong to any epoch; they are atomics and are thrown away.
 //! (An epoch has 40 bits: it does not come round while a thread sleeps.)
 //!
 //! **Sleeping.** A worker sets its `asleep` flag, looks at the ticket once more, and parks; the caller publishes the
@@ -40,9 +42,9 @@ use std::time::{Duration, Instant};
 /// A job: called with the index of a chunk and the index of the worker that runs it.
 type Job<'a> = &'a (dyn Fn(usize, usize) + Sync);
 
-/// Low bits of the ticket: the next chunk. The rest is the epoch.
-const CHUNK_BITS: u32 = 24;
-const CHUNK_MASK: u64 = (1 << CHUNK_BITS) - 1;
+/// Low bits of the ticket: the chunks left to claim. The rest is the epoch.
+const LEFT_BITS: u32 = 24;
+const LEFT_MASK: u64 = (1 << LEFT_BITS) - 1;
 
 /// How long a waiting thread spins: about the time between two jobs of one decoder layer.
 const SPIN: Duration = Duration::from_micros(20);
@@ -114,13 +116,13 @@ impl Pool {
             (0..chunks).for_each(|chunk| job(chunk, 0));
             return;
         }
-        assert!((chunks as u64) < CHUNK_MASK, "{chunks} chunks in one job");
+        assert!(chunks as u64 <= LEFT_MASK, "{chunks} chunks in one job");
         let shared = &*self.shared;
         self.epoch += 1;
         shared.job.store((&raw const job).cast_mut().cast(), Relaxed);
         shared.chunks.store(chunks as u32, Relaxed);
         shared.done.0.store(0, Relaxed);
-        shared.ticket.0.store(self.epoch << CHUNK_BITS, SeqCst);
+        shared.ticket.0.store(self.epoch << LEFT_BITS | chunks as u64, SeqCst);
         self.wake(chunks - 1);
         shared.claim(self.epoch, 0);
         shared.wait_done(chunks as u32);
@@ -149,8 +151,7 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, SeqCst);
-        self.shared.chunks.store(0, Relaxed);
-        self.shared.ticket.0.store((self.epoch + 1) << CHUNK_BITS | CHUNK_MASK, SeqCst);
+        self.shared.ticket.0.store((self.epoch + 1) << LEFT_BITS, SeqCst);
         self.wake(usize::MAX);
         for worker in self.workers.drain(..) {
             // A worker catches the panics of its chunks, so it does not end by one.
@@ -165,11 +166,11 @@ impl Shared {
         let mut seen = 0;
         loop {
             wait(
-                || self.ticket.0.load(SeqCst) >> CHUNK_BITS != seen,
+                || self.ticket.0.load(SeqCst) >> LEFT_BITS != seen,
                 || self.asleep[worker - 1].0.store(true, SeqCst),
                 || self.asleep[worker - 1].0.store(false, SeqCst),
             );
-            seen = self.ticket.0.load(SeqCst) >> CHUNK_BITS;
+            seen = self.ticket.0.load(SeqCst) >> LEFT_BITS;
             // After the ticket: it may be a later one than `wait` saw, and the last one comes with `stop`.
             if self.stop.load(SeqCst) {
                 return;
@@ -184,18 +185,19 @@ impl Shared {
         loop {
             let job = self.job.load(Relaxed).cast_const().cast::<Job<'_>>();
             let chunks = self.chunks.load(Relaxed);
-            let chunk = ticket & CHUNK_MASK;
-            if ticket >> CHUNK_BITS != epoch || chunk >= u64::from(chunks) {
+            let left = ticket & LEFT_MASK;
+            if ticket >> LEFT_BITS != epoch || left == 0 {
                 return;
             }
-            if let Err(now) = self.ticket.0.compare_exchange_weak(ticket, ticket + 1, SeqCst, Acquire) {
+            if let Err(now) = self.ticket.0.compare_exchange_weak(ticket, ticket - 1, SeqCst, Acquire) {
                 ticket = now;
                 continue;
             }
+            let chunk = chunks as usize - left as usize;
             // SAFETY: the swap was won, so `job` is that of `epoch`, and the caller keeps it alive until `done` counts
             // the chunk claimed here (see the module documentation).
             let job = unsafe { *job };
-            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| job(chunk as usize, worker))) {
+            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| job(chunk, worker))) {
                 self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
             }
             if self.done.0.fetch_add(1, SeqCst) + 1 == chunks && self.caller_asleep.swap(false, SeqCst) {

@@ -312,15 +312,17 @@ impl Kernel for GateUp<'_> {
                         }
                     }
                 }
-                for i in 0..group.len() {
+                let [gate_0, gate_1, up_0, up_1] = &*stages;
+                for (i, row) in (0..group.len()).zip(group.first()..) {
                     let mut values = [0.0; UNIT];
-                    for (half, values) in values.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-                        let (gate, up) = (s.load(&stages[half][i]), s.load(&stages[half + 2][i]));
-                        s.store(s.mul(gate_fn(s, self.f, gate), up), values);
+                    let (low, high) = values.split_at_mut(LANES);
+                    for (values, gate, up) in [(low, &gate_0[i], &up_0[i]), (high, &gate_1[i], &up_1[i])] {
+                        let value = s.mul(gate_fn(s, self.f, s.load(gate)), s.load(up));
+                        s.store(value, values.try_into().expect("a half of the unit"));
                     }
                     let values = &values[..UNIT.min(cols - unit * UNIT)];
                     // SAFETY: each unit has columns of its own, and each unit is in one chunk.
-                    unsafe { self.out.write(s, group.first() + i, unit * UNIT, values) };
+                    unsafe { self.out.write(s, row, unit * UNIT, values) };
                 }
             }
         }

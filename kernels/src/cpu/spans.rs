@@ -9,7 +9,6 @@ use crate::{Error, HeadShape, Result};
 pub(crate) struct Spans<'a> {
     pub(crate) spans: &'a [SeqSpan],
     table: &'a [BlockId],
-    layout: KvLayout,
 }
 
 impl<'a> Spans<'a> {
@@ -21,10 +20,9 @@ impl<'a> Spans<'a> {
         op: &'static str,
         spans: &'a [SeqSpan],
         table: &'a [BlockId],
-        pool: (KvLayout, usize),
+        blocks: usize,
         rows: usize,
     ) -> Result<Self> {
-        let (layout, blocks) = pool;
         let refuse = |expected: String, got: String| Err(Error::Shape { op, expected, got });
         let mut next_row = 0;
         for span in spans {
@@ -43,18 +41,13 @@ impl<'a> Spans<'a> {
                 return refuse(format!("block ids below {blocks}"), format!("{outside:?}"));
             }
         }
-        Ok(Self { spans, table, layout })
+        Ok(Self { spans, table })
     }
 
     /// The blocks of a span, in order of their positions.
     #[inline(always)]
     pub(crate) fn table(&self, span: &SeqSpan) -> &'a [BlockId] {
         &self.table[span.table0 as usize..][..span.table_len as usize]
-    }
-
-    /// Shape of the pool.
-    pub(crate) fn layout(&self) -> KvLayout {
-        self.layout
     }
 }
 

@@ -205,6 +205,7 @@ pub(crate) fn pack_panel(ty: WeightType, cols: usize, rows: &[u8], panel: &mut [
 }
 
 fn pack_blocks<B: PanelBlock>(ty: WeightType, rows: &[u8], row_bytes: usize, panel: &mut [u8]) {
+    const { assert!(size_of::<B>() >= PANEL * (2 + BLOCK * B::BITS / 8), "quants and at least a scale for each row") };
     for (lane, row) in rows.chunks_exact(row_bytes).enumerate() {
         for (block, source) in cast_mut::<B>(panel).iter_mut().zip(row.chunks_exact(ty.block_bytes())) {
             block.set_lane(lane, source);

@@ -25,18 +25,26 @@ pub(super) struct Partial {
 }
 
 impl Partial {
-    /// Starts a file, or takes up what an earlier attempt left when `resume` says that its content can be checked.
-    pub(super) fn open(place: &Path, resume: bool) -> Fetched<Self> {
+    /// Starts a file, or takes up what an earlier attempt left.
+    pub(super) fn open(place: &Path) -> Fetched<Self> {
         let mut path = place.as_os_str().to_owned();
         path.push(".part");
         let path = PathBuf::from(path);
         let failed = |e: std::io::Error| format!("cannot write {}: {e}", path.display());
         let mut file =
-            File::options().read(true).write(true).create(true).truncate(!resume).open(&path).map_err(failed)?;
+            File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
         let mut hash = Sha256::new();
         // Reading to the end also leaves the position where writing goes on.
         let len = std::io::copy(&mut file, &mut hash).map_err(failed)?;
         Ok(Self { path, file, hash, len })
+    }
+
+    /// Gives up before anything came: an empty file is of no use to a later attempt.
+    pub(super) fn abandon(self) {
+        if self.len == 0 {
+            // Left behind, it is empty and will be written over.
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 
     /// Forgets what is there.

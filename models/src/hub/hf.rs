@@ -1,6 +1,6 @@
 //! The model hub over HTTP: one request to learn where a file is and what its hash must be, one to fetch it.
 //!
-//! The client is `ureq` with a connect timeout of 3 seconds and no retries, so that a network without a hub costs
+//! The client is `ureq` with short timeouts until it is connected and no retries, so that a network without a hub costs
 //! moments. The first refusal is remembered: a hub that cannot be reached is asked once.
 
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use super::digest::{Known, Partial};
 use super::{Fetched, HubConfig, Progress, once};
 
 /// Time to find the hub's address, and again to connect to it.
-const CONNECT: Duration = Duration::from_secs(3);
+const CONNECT: Duration = Duration::from_secs(2);
 /// Time to wait for the start of an answer, and for each piece of it.
 const PATIENCE: Duration = Duration::from_secs(30);
 const MAX_REDIRECTS: usize = 5;
@@ -88,15 +88,18 @@ impl Client {
         known: Option<&Known>,
         progress: &dyn Progress,
     ) -> Fetched<PathBuf> {
-        if let Some(path) = self.cached(repo, file, revision) {
-            let right = known.is_none_or(|known| std::fs::metadata(&path).is_ok_and(|m| m.len() == known.bytes));
-            if right {
-                return Ok(path);
-            }
+        let right =
+            |path: &Path| known.is_none_or(|known| std::fs::metadata(path).is_ok_and(|m| m.len() == known.bytes));
+        if let Some(path) = self.cached(repo, file, revision).filter(|path| right(path)) {
+            return Ok(path);
         }
         let place = self.folder(repo, revision).join(file);
+        if place.is_file() && !right(&place) {
+            std::fs::remove_file(&place)
+                .map_err(|e| format!("{} is damaged and cannot be removed: {e}", place.display()))?;
+        }
         let url = format!("{}/{repo}/resolve/{}/{}", self.endpoint, escape(revision), escape(file));
-        once(&place, progress, || self.download(&url, file, &place, known, progress))?;
+        once(&self.cache, &place, progress, || self.download(&url, file, &place, known, progress))?;
         Ok(place)
     }
 
@@ -150,9 +153,21 @@ impl Client {
         known: Option<&Known>,
         progress: &dyn Progress,
     ) -> Fetched<()> {
-        let mut partial = Partial::open(place, known.is_some())?;
-        let (response, promised) = self.get(url, partial.len)?;
-        if response.status() != StatusCode::PARTIAL_CONTENT {
+        let mut partial = Partial::open(place)?;
+        let (mut response, mut promised) = match self.get(url, partial.len) {
+            Ok(answer) => answer,
+            Err(reason) => {
+                partial.abandon();
+                return Err(reason);
+            }
+        };
+        // What an earlier attempt left is only of use where the whole can be checked at the end.
+        let unusable =
+            response.status() == StatusCode::RANGE_NOT_SATISFIABLE || (known.is_none() && promised.is_none());
+        if partial.len > 0 && unusable {
+            partial.restart()?;
+            (response, promised) = self.get(url, 0)?;
+        } else if response.status() != StatusCode::PARTIAL_CONTENT {
             partial.restart()?;
         }
         let rest = response.body().content_length();
@@ -196,12 +211,11 @@ impl Client {
             }
             return match status.as_u16() {
                 200 | 206 => Ok((response, promised)),
+                416 if from > 0 => Ok((response, promised)),
                 401 | 403 => Err(format!(
                     "the hub answers {status}: the repository is private, gated or not there; set HF_TOKEN if you have access"
                 )),
                 404 => Err(format!("the hub answers {status}: no such repository, revision or file")),
-                // What is left there does not fit: the next attempt starts over.
-                416 => Err(format!("the hub answers {status} to a resumed download; remove the .part file")),
                 _ => Err(format!("the hub answers {status}")),
             };
         }

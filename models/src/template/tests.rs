@@ -79,7 +79,7 @@ fn has_what_templates_expect() {
     }
     let template = ChatTemplate::new("{{ enable_thinking }} {{ messages | length }}", "", "").unwrap();
     let kwargs = json!({"enable_thinking": false, "messages": "no"}).as_object().unwrap().clone();
-    assert_eq!(template.render(&chat, None, false, &kwargs).unwrap(), "false 1", "kwargs replace nothing");
+    assert_eq!(template.render(&chat, None, false, &kwargs).unwrap(), "False 1", "kwargs replace nothing");
 }
 
 #[test]

@@ -125,7 +125,7 @@ fn bos_and_eos_are_added_as_the_file_says() {
     let mut file = llama3.clone();
     file.keys.retain(|(name, _)| name != "tokenizer.ggml.add_bos_token");
     assert_eq!(open(&file).unwrap().encode("", true).unwrap(), [1], "this kind adds BOS unless told");
-    assert_eq!(open(&llama3).unwrap().encode("", true).unwrap(), []);
+    assert!(open(&llama3).unwrap().encode("", true).unwrap().is_empty());
 }
 
 #[test]

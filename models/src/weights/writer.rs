@@ -12,6 +12,7 @@ pub(crate) enum Item {
     Text(String),
     Texts(Vec<String>),
     I32s(Vec<i32>),
+    #[cfg(test)]
     F32s(Vec<f32>),
 }
 
@@ -128,6 +129,7 @@ fn put_item(out: &mut Vec<u8>, item: &Item) {
             array(out, 5, values.len());
             values.iter().for_each(|value| out.extend(value.to_le_bytes()));
         }
+        #[cfg(test)]
         Item::F32s(values) => {
             array(out, 6, values.len());
             values.iter().for_each(|value| out.extend(value.to_le_bytes()));

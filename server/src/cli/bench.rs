@@ -351,7 +351,6 @@ fn with_hint(source: ClientError, base_url: &str) -> Error {
 struct ProgressLine {
     silent: bool,
     terminal: bool,
-    began: Instant,
     drawn: Option<Instant>,
     tenths: usize,
 }
@@ -359,7 +358,7 @@ struct ProgressLine {
 impl ProgressLine {
     fn new(silent: bool) -> Self {
         let terminal = std::io::stderr().is_terminal();
-        Self { silent, terminal, began: Instant::now(), drawn: None, tenths: 0 }
+        Self { silent, terminal, drawn: None, tenths: 0 }
     }
 
     fn show(&mut self, standing: Standing) {
@@ -376,8 +375,7 @@ impl ProgressLine {
         }
         (self.drawn, self.tenths) = (Some(now), tenths);
         let failed = if standing.failed > 0 { format!(", {} failed", standing.failed) } else { String::new() };
-        let seconds = (now - self.began).as_secs_f64();
-        let line = format!("{ended} of {} requests{failed}, {seconds:.0} s", standing.total);
+        let line = format!("{ended} of {} requests{failed}", standing.total);
         let text = if self.terminal { format!("\r{line}   ") } else { format!("{line}\n") };
         // A closed standard error must not end a measurement.
         drop(std::io::stderr().write_all(text.as_bytes()));

@@ -43,6 +43,9 @@ pub enum Error {
     /// Standard output, or a result that could not be written to it.
     #[error("cannot write the result: {0}")]
     Output(#[from] std::io::Error),
+    /// Ctrl-C ended the one thing that was asked for. Exit code 130, as shells have it.
+    #[error("stopped")]
+    Interrupted,
     /// Anything that one sentence says in full.
     #[error("{0}")]
     Failed(String),
@@ -55,8 +58,12 @@ impl Error {
         move |source| Self::Io { what, source }
     }
 
-    /// The reader of our output went away (`cupola models | head -1`): nothing that the user should hear about.
-    pub(crate) fn is_broken_pipe(&self) -> bool {
+    /// Nothing that the user should hear about: they stopped the command, or closed its output (`cupola models | head`).
+    pub(crate) fn is_silent(&self) -> bool {
+        matches!(self, Self::Interrupted) || self.is_broken_pipe()
+    }
+
+    fn is_broken_pipe(&self) -> bool {
         matches!(self, Self::Output(source) if source.kind() == std::io::ErrorKind::BrokenPipe)
     }
 
@@ -64,6 +71,7 @@ impl Error {
     pub(crate) fn exit_code(&self) -> ExitCode {
         match self {
             Self::Usage(_) | Self::Serve(crate::listen::ServeError::Config(_)) => ExitCode::from(2),
+            Self::Interrupted => ExitCode::from(130),
             _ if self.is_broken_pipe() => ExitCode::SUCCESS,
             _ => ExitCode::FAILURE,
         }

@@ -18,7 +18,7 @@ mod serve;
 pub(crate) mod size;
 mod table;
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -38,7 +38,7 @@ const EXAMPLES: &str = "\
 Examples:
   cupola serve                          serve the default model on http://127.0.0.1:8000
   cupola run                            chat with it here
-  cupola run smollm2-135m-instruct \"The capital of France is\"
+  cupola run smollm2-135m-instruct \"What is the capital of France? Answer in one word.\"
   cupola models                         what can be had, what is on disk, what fits
   cupola bench serve --max-concurrency 16 --num-prompts 64
 
@@ -83,7 +83,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            if !error.is_broken_pipe() {
+            if !error.is_silent() {
                 // With standard error closed there is nobody left to tell.
                 drop(writeln!(std::io::stderr(), "error: {error}"));
             }
@@ -99,7 +99,9 @@ fn start_logging(default: &str) {
         Ok(filter) => (filter, None),
         Err(error) => (EnvFilter::new(default), Some(error)),
     };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    let colours = std::io::stderr().is_terminal();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    log.with_target(false).with_ansi(colours).init();
     if let Some(error) = wrong {
         tracing::warn!("CUPOLA_LOG={level} means nothing ({error}); logging at {default}");
     }

@@ -31,9 +31,9 @@ pub(crate) fn run(args: &PullArgs, out: &mut dyn Write) -> Result<(), Error> {
         });
         writeln!(out, "{found}")?;
     } else {
-        let size = bytes.map(|bytes| format!(" ({})", Bytes(bytes))).unwrap_or_default();
-        writeln!(out, "{}{size}", resolved.path.display())?;
-        writeln!(out, "source: {}", resolved.source)?;
+        let size = bytes.map(|bytes| format!("{}, ", Bytes(bytes))).unwrap_or_default();
+        writeln!(out, "{}", resolved.path.display())?;
+        writeln!(out, "{size}from {}", resolved.source)?;
     }
     Ok(())
 }

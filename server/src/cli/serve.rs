@@ -41,8 +41,8 @@ pub(crate) struct ServeArgs {
     /// The port to listen on; 0 takes any free one
     #[arg(long, default_value_t = 8000, help_heading = "HTTP")]
     port: u16,
-    /// A key that clients must send; several may be given
-    #[arg(long, env = "CUPOLA_API_KEY", hide_env_values = true, num_args = 1.., value_name = "KEY", help_heading = "HTTP")]
+    /// A key that clients must send; give the flag again for more of them
+    #[arg(long, env = "CUPOLA_API_KEY", hide_env_values = true, value_name = "KEY", help_heading = "HTTP")]
     api_key: Vec<String>,
     /// A file with such keys, one a line
     #[arg(long, value_name = "FILE", help_heading = "HTTP")]
@@ -50,11 +50,11 @@ pub(crate) struct ServeArgs {
     /// Serve without a key on an address that other machines can reach
     #[arg(long, help_heading = "HTTP")]
     insecure: bool,
-    /// Another name that clients may call this machine by, while it listens on a loopback address
-    #[arg(long, value_name = "NAME", num_args = 1.., help_heading = "HTTP")]
+    /// Another name that clients may call this machine by, while it listens on a loopback address; repeatable
+    #[arg(long, value_name = "NAME", help_heading = "HTTP")]
     allowed_host: Vec<String>,
-    /// The model's names in the API, the first of them shown [default: MODEL]
-    #[arg(long, value_name = "NAME", num_args = 1.., help_heading = "HTTP")]
+    /// A name of the model in the API; give the flag again for more, the first is shown [default: MODEL]
+    #[arg(long, value_name = "NAME", help_heading = "HTTP")]
     served_model_name: Vec<String>,
     /// Seconds that running requests have to finish after SIGTERM or Ctrl-C
     #[arg(long, default_value_t = 30, value_name = "SECONDS", help_heading = "HTTP")]
@@ -141,11 +141,11 @@ fn curl(addr: SocketAddr, model: &str, chat: bool, with_keys: bool) -> String {
         ip => ip,
     };
     let url = format!("http://{}", SocketAddr::new(host, addr.port()));
-    let question = "The capital of France is";
+    let question = "What is the capital of France? Answer in one word.";
     let (path, body) = if chat {
         ("chat/completions", json!({"model": model, "messages": [{"role": "user", "content": question}]}))
     } else {
-        ("completions", json!({"model": model, "prompt": question, "max_tokens": 16}))
+        ("completions", json!({"model": model, "prompt": "The capital of France is", "max_tokens": 16}))
     };
     let key = if with_keys { " -H \"Authorization: Bearer $CUPOLA_API_KEY\"" } else { "" };
     let body = body.to_string().replace('\'', r"'\''");

@@ -33,6 +33,7 @@ async fn every_route_asks_for_a_key() {
         "/ready",
         "/version",
         "/metrics",
+        "/openapi.json",
         "/v1/nothing",
         "/nothing",
         "/ui/nothing",

@@ -3,6 +3,7 @@
 mod bad_input;
 mod chat;
 mod completions;
+mod description;
 mod faults;
 mod guards;
 mod operations;

@@ -5,10 +5,11 @@
 //!   item = (sequence, kv head, query heads x tokens: up to 24 rows)          plan.rs
 //!     for each stretch of 512 positions           (a partial result m, l, o per row)
 //!       for each tile of 64 positions             (two blocks of the pool)
-//!         for each up to 6 rows (12 with AVX-512) (every K and V vector loaded serves all of them)   tile.rs
-//!           scores  = q . K            K block [group of 16][dim][16]: 16 scores to a vector
-//!           softmax: m, l, p
-//!           o       = o * alpha + p . V         V block [position][dim]
+//!         for each up to 6 rows (12 with AVX-512)                            tile.rs
+//!           p = q . K                 K block [group of 16][dim][16]: 16 scores to a vector
+//!           softmax of p, with m and l
+//!         for each up to 6 rows (every K and V vector that is loaded serves all of them)
+//!           o = o * alpha + p . V     V block [position][dim]
 //!       fold the stretch into the row's result
 //! ```
 //!
@@ -32,7 +33,7 @@ use crate::format::ggml::BLOCK;
 use crate::kv::{BlockId, KvLayout, SeqSpan};
 use crate::memory::{Arena, SharedMut};
 use crate::{Error, HeadShape, Result};
-use plan::{Item, Plan};
+use plan::Plan;
 use tile::{FoldSlots, Out, RunItem, Unstage};
 
 /// Positions of a stretch: the unit in which an item can be split over threads.
@@ -41,8 +42,6 @@ const STRETCH: usize = 512;
 const TILE: usize = 64;
 /// Rows (query head of a token) of an item.
 const MAX_ROWS: usize = 24;
-/// Rows that share one load of a key or value vector, for the instruction set with the most registers.
-const MAX_TILE_ROWS: usize = 12;
 
 /// What [`attention`] reads.
 #[derive(Clone, Copy)]
@@ -133,7 +132,7 @@ pub(crate) fn attention(
     }
     let rows = (op.qkv.len() / op.shape.qkv_cols()).min(out.rows());
     let blocks = op.kv.len() / op.layout.block_elements();
-    let spans = Spans::check(OP, op.spans, op.block_table, (op.layout, blocks), rows)?;
+    let spans = Spans::check(OP, op.spans, op.block_table, blocks, rows)?;
 
     let AttentionScratch { plan, workers, slots, staged, .. } = scratch;
     plan.make(op.spans, (heads / kv_heads, kv_heads), op.window, pool.threads());

@@ -14,6 +14,8 @@ pub(super) struct Rows {
     /// First token within the span.
     pub(super) token0: usize,
     pub(super) tokens: usize,
+    /// Position of the first token.
+    pub(super) first_position: usize,
 }
 
 impl Rows {
@@ -110,6 +112,7 @@ impl Plan {
                             heads: heads.min(group - head0),
                             token0,
                             tokens,
+                            first_position: first,
                         };
                         self.items.push(Item { rows, start, end: first + tokens, slot: None });
                     }

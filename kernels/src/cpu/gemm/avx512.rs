@@ -59,9 +59,9 @@ fn tile<B: PanelBlock, const N: usize>(
                 sums[n] = _mm512_add_epi32(sums[n], high[n]);
             }
         } else {
-            for j in 0..8 {
+            for (j, w) in w.into_iter().enumerate() {
                 for n in 0..N {
-                    sums[n] = _mm512_dpbusd_epi32(sums[n], w[j], broadcast(&x[n], j));
+                    sums[n] = _mm512_dpbusd_epi32(sums[n], w, broadcast(&x[n], j));
                 }
             }
         }

@@ -10,10 +10,8 @@ use std::arch::aarch64::{
 };
 use std::arch::asm;
 
-use half::f16;
-
 use super::{IntDot, Lanes, TileQuants, TileScales, prefetch_ahead};
-use crate::cpu::simd::Neon;
+use crate::cpu::simd::{Neon, Simd};
 use crate::format::ggml::BLOCK;
 use crate::format::pack::{Offset, PANEL, PanelBlock, Quants};
 
@@ -29,7 +27,7 @@ impl IntDot for Neon {
         out: &mut [Lanes; N],
     ) {
         // SAFETY: `self` came from `detect`, which saw NEON and the dot product.
-        unsafe { tile(panel, quants, scales, out) }
+        unsafe { tile(self, panel, quants, scales, out) }
     }
 }
 
@@ -38,6 +36,7 @@ const QUARTERS: usize = 4;
 
 #[target_feature(enable = "neon,dotprod")]
 fn tile<B: PanelBlock, const N: usize>(
+    s: Neon,
     panel: &[B],
     quants: &[TileQuants<N>],
     scales: &[TileScales<N>],
@@ -46,14 +45,14 @@ fn tile<B: PanelBlock, const N: usize>(
     *out = [[0.0; PANEL]; N];
     for (((block, x), [d_x, s_x]), i) in panel.iter().zip(quants).zip(scales).zip(0..) {
         prefetch_ahead(panel, i);
-        let (d, offset) = floats(block);
-        for quarter in 0..QUARTERS {
+        let (d, offset) = floats(s, block);
+        for (quarter, (d, offset)) in d.into_iter().zip(offset).enumerate() {
             let sums = dots(block, quarter, x);
             for n in 0..N {
                 let lanes = &mut out[n].as_chunks_mut::<4>().0[quarter];
-                let scale = vmulq_f32(load_f32(&d, quarter), vdupq_n_f32(d_x[n]));
+                let scale = vmulq_f32(d, vdupq_n_f32(d_x[n]));
                 let acc = vfmaq_f32(load_lanes(lanes), vcvtq_f32_s32(sums[n]), scale);
-                let acc = vfmaq_f32(acc, load_f32(&offset, quarter), vdupq_n_f32(s_x[n]));
+                let acc = vfmaq_f32(acc, offset, vdupq_n_f32(s_x[n]));
                 // SAFETY: the array holds 4 floats.
                 unsafe { vst1q_f32(lanes.as_mut_ptr(), acc) };
             }
@@ -114,23 +113,16 @@ fn sdot(acc: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
     sum
 }
 
-/// Scales and offsets of a block's 16 rows.
+/// Scales and offsets of a block's rows, by quarters.
 #[inline]
 #[target_feature(enable = "neon")]
-fn floats<B: PanelBlock>(block: &B) -> (Lanes, Lanes) {
-    let d = halves(block.scales());
+fn floats<B: PanelBlock>(s: Neon, block: &B) -> ([float32x4_t; QUARTERS], [float32x4_t; QUARTERS]) {
+    let d = s.load_f16(block.scales());
     let offset = match block.offset() {
-        Offset::Each(m) => halves(m),
-        Offset::Scales(times) => d.map(|d| d * times),
+        Offset::Each(m) => s.load_f16(m),
+        Offset::Scales(times) => s.mul(d, s.splat(times)),
     };
-    (d, offset)
-}
-
-/// Halves as floats. (`fcvtl` belongs to every NEON; its intrinsic wants a type that is not stable.)
-#[inline]
-#[target_feature(enable = "neon")]
-fn halves(bits: &[u16; PANEL]) -> Lanes {
-    bits.map(|bits| f16::from_bits(bits).to_f32())
+    (d.0, offset.0)
 }
 
 /// Columns `4j..4j + 4` of an activation block in every lane.
@@ -147,12 +139,6 @@ fn load_word(word: &[u8; 64], quarter: usize) -> uint8x16_t {
     let bytes = &word.as_chunks::<16>().0[quarter];
     // SAFETY: the array holds 16 bytes.
     unsafe { vld1q_u8(bytes.as_ptr()) }
-}
-
-#[inline]
-#[target_feature(enable = "neon")]
-fn load_f32(lanes: &Lanes, quarter: usize) -> float32x4_t {
-    load_lanes(&lanes.as_chunks::<4>().0[quarter])
 }
 
 #[inline]

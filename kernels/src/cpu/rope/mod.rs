@@ -122,7 +122,7 @@ pub(crate) fn rope_store(
     let refuse = |expected: String, got: String| Err(Error::Shape { op: OP, expected, got });
     check_heads(OP, op.shape, op.layout)?;
     let (cols, block_len) = (op.shape.qkv_cols(), op.layout.block_elements());
-    let spans = Spans::check(OP, op.spans, op.block_table, (op.layout, kv.len() / block_len), qkv.len() / cols)?;
+    let spans = Spans::check(OP, op.spans, op.block_table, kv.len() / block_len, qkv.len() / cols)?;
     if 2 * op.rope.pairs > head_dim {
         return refuse(format!("at most {head_dim} rotary dimensions"), (2 * op.rope.pairs).to_string());
     }

@@ -20,6 +20,7 @@ impl Avx2 {
 /// Runs a kernel with the features enabled.
 #[inline]
 pub(super) fn run<K: Kernel>(s: Avx2, kernel: K) -> K::Output {
+    #[inline(never)]
     #[target_feature(enable = "avx2,fma,f16c")]
     fn enabled<K: Kernel>(s: Avx2, kernel: K) -> K::Output {
         kernel.run(s)

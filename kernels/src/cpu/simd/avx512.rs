@@ -24,6 +24,7 @@ impl Avx512 {
 /// Runs a kernel with the features enabled.
 #[inline]
 pub(super) fn run<K: Kernel>(s: Avx512, kernel: K) -> K::Output {
+    #[inline(never)]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
     fn enabled<K: Kernel>(s: Avx512, kernel: K) -> K::Output {
         kernel.run(s)

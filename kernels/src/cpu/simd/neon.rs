@@ -4,7 +4,7 @@ use super::{EXP_MIN, Kernel, LANES, Simd, forward_simd};
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-/// Proof that the CPU has NEON.
+/// Proof that the CPU has NEON and the dot-product extension.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Neon(());
 
@@ -12,18 +12,20 @@ impl Neon {
     /// The proof, when there is one.
     #[inline]
     pub(crate) fn detect() -> Option<Self> {
-        std::arch::is_aarch64_feature_detected!("neon").then_some(Neon(()))
+        let has = std::arch::is_aarch64_feature_detected!("neon") && std::arch::is_aarch64_feature_detected!("dotprod");
+        has.then_some(Neon(()))
     }
 }
 
 /// Runs a kernel with the feature enabled.
 #[inline]
 pub(super) fn run<K: Kernel>(s: Neon, kernel: K) -> K::Output {
+    #[inline(never)]
     #[target_feature(enable = "neon")]
     fn enabled<K: Kernel>(s: Neon, kernel: K) -> K::Output {
         kernel.run(s)
     }
-    // SAFETY: `s` is the proof that the feature was detected.
+    // SAFETY: `s` is the proof that NEON was detected.
     unsafe { enabled(s, kernel) }
 }
 

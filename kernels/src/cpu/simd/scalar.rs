@@ -1,6 +1,6 @@
 //! Sixteen lanes as plain loops: the reference for the other instruction sets, and the path of any other CPU.
 
-use super::{EXP_MIN, LANES, ROUND_MAGIC, Simd};
+use super::{EXP_MIN, Kernel, LANES, ROUND_MAGIC, Simd};
 use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
@@ -30,6 +30,11 @@ fn fold(mut v: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
 impl Simd for Scalar {
     type V = [f32; LANES];
     const TILE: usize = 4;
+
+    #[inline(never)]
+    fn outlined<K: Kernel>(self, kernel: K) -> K::Output {
+        kernel.run(self)
+    }
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {

@@ -118,6 +118,7 @@ fn rounding_to_bytes_goes_to_even_and_reaches_both_ends() {
 enum Function {
     Fma,
     Exp,
+    Exp2Weight,
     Sigmoid,
     Tanh,
 }
@@ -133,6 +134,7 @@ impl Kernel for Apply {
         let y = match self.0 {
             Function::Fma => s.fma(x, x, x),
             Function::Exp => s.exp(x),
+            Function::Exp2Weight => s.exp2_weight(x),
             Function::Sigmoid => s.sigmoid(x),
             Function::Tanh => s.tanh(x),
         };
@@ -160,6 +162,8 @@ fn functions_are_accurate() {
     let ulp = f64::from(f32::EPSILON);
     for isa in runnable() {
         let exp = largest_error(isa, Function::Exp, (-86.9, 88.0), |x, y| (y / x.exp() - 1.0).abs());
+        let exp2 = largest_error(isa, Function::Exp2Weight, (-86.9, 0.0), |x, y| (y / x.exp2() - 1.0).abs());
+        assert!(exp2 < 3.0 * ulp, "{isa:?} {exp2}");
         let sigmoid = largest_error(isa, Function::Sigmoid, (-40.0, 40.0), |x, y| (y * (1.0 + (-x).exp()) - 1.0).abs());
         let tanh = largest_error(isa, Function::Tanh, (-50.0, 50.0), |x, y| (y - x.tanh()).abs());
         let fma = largest_error(isa, Function::Fma, (1.0, 50.0), |x, y| (y / (x * x + x) - 1.0).abs());
@@ -178,6 +182,8 @@ fn exp_is_exact_where_attention_relies_on_it() {
         x[..7].copy_from_slice(&[0.0, -0.0, f32::NEG_INFINITY, -1e30, EXP_MIN - 0.01, f32::INFINITY, 200.0]);
         let y = dispatch(isa, Apply(Function::Exp, x));
         assert_eq!(y[..5], [1.0, 1.0, 0.0, 0.0, 0.0], "{isa:?}");
+        let z = dispatch(isa, Apply(Function::Exp2Weight, x));
+        assert_eq!(z[..5], [1.0, 1.0, 0.0, 0.0, 0.0], "{isa:?}");
         assert!(y[5].is_finite() && y[6].is_finite() && y[5] > 1e38, "{isa:?} {y:?}");
     }
 }

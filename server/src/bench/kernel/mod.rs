@@ -148,7 +148,7 @@ impl Options {
 /// Runs every test on `backend`, which has `threads` workers. `watch` is called before each test.
 ///
 /// # Errors
-/// A model that the backend cannot load, or a sequence longer than the model was trained for.
+/// A model that the backend cannot load.
 pub fn run(
     model: &Model,
     options: &Options,

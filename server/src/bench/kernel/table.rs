@@ -50,10 +50,10 @@ pub fn write(
     (model, results): (&ModelInfo, &[Measured]),
     test_time: &str,
 ) -> std::io::Result<()> {
-    let rows = results.iter().map(|result| row(model, result, test_time));
+    let mut rows = results.iter().map(|result| row(model, result, test_time));
     match format {
         Format::Json => writeln!(out, "{:#}", Value::from(rows.collect::<Vec<_>>())),
-        Format::JsonLines => rows.map(|row| writeln!(out, "{row}")).collect(),
+        Format::JsonLines => rows.try_for_each(|row| writeln!(out, "{row}")),
         Format::Csv => {
             writeln!(out, "{}", COLUMNS.join(","))?;
             for row in rows {
@@ -205,7 +205,7 @@ mod tests {
         assert_eq!(lines.len(), 4, "{text}");
         assert!(lines.iter().all(|line| line.chars().count() == lines[0].chars().count()), "{text}");
         assert!(lines[2].contains("pp512 | 1512.00 ± 690.14 | 1512.00 |"), "{text}");
-        assert!(lines[3].contains("tg128 b4 @ d64 |   512.00 ± 0.00 |  512.00 |"), "{text}");
+        assert!(lines[3].contains("tg128 b4 @ d64 |    512.00 ± 0.00 |  512.00 |"), "{text}");
     }
 
     #[test]

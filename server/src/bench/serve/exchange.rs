@@ -202,7 +202,7 @@ impl Reading {
 pub(super) async fn exchange(client: &Client, path: &str, body: Bytes, prompt: &Prompt, limit: Duration) -> Outcome {
     let planned = Outcome {
         prompt_tokens: prompt.tokens,
-        planned_prompt: prompt.tokens,
+        planned_prompt: prompt.wanted,
         planned_output: prompt.output_tokens,
         ..Outcome::default()
     };

@@ -3,7 +3,7 @@
 //! ```text
 //!   words ~ random(seed) --join--> text --POST /tokenize--> count == wanted ?  done
 //!     ^                                                         |
-//!     +--------------- drop or add as many words ---------------+
+//!     +--------------- drop or add as many words ---------------+--- in vain: cut the tokens, POST /detokenize
 //! ```
 //!
 //! Most of the words are one token in most vocabularies, so the first or second look fits. Where the server has no
@@ -16,15 +16,17 @@ use super::client::{Client, ClientError};
 use super::exchange::Dialect;
 use crate::bench::random::Random;
 
-/// Looks through the tokenizer before a length is taken as it is.
-const FITTING_ROUNDS: usize = 12;
+/// Looks through the tokenizer before words are given up for tokens.
+const FITTING_ROUNDS: usize = 6;
 
 /// One prompt and what is asked for it.
 #[derive(Clone, Debug)]
 pub(super) struct Prompt {
     /// The text.
     pub(super) text: String,
-    /// Tokens it has, special ones of `/v1/completions` included; exact only when [`Prompts::exact`] is set.
+    /// Tokens it was to have, special ones of `/v1/completions` included.
+    pub(super) wanted: usize,
+    /// Tokens it has; exact only when [`Prompts::exact`] is set.
     pub(super) tokens: usize,
     /// Tokens to generate.
     pub(super) output_tokens: usize,
@@ -72,7 +74,7 @@ pub(super) async fn make(options: &Options, client: &Client, model: &str) -> Res
             let output_tokens = draw_length(&mut random, options.output_len, options.range_ratio, 1);
             let words = draw_words(&mut random, wanted - options.prefix_len);
             let (text, tokens) = fit(counter.as_ref(), prefix.clone(), words, wanted, &mut random).await?;
-            prompts.push(Prompt { text, tokens, output_tokens });
+            prompts.push(Prompt { text, wanted, tokens, output_tokens });
         }
     }
     let measured = prompts.split_off(options.num_warmups);
@@ -96,23 +98,33 @@ async fn fit(
         return Ok((String::new(), 0));
     }
     let mut best: Option<(String, usize)> = None;
-    for _ in 0..FITTING_ROUNDS {
-        let text = join(&words);
-        let count = counter.count(&text).await?;
-        let distance = |count: usize| count.abs_diff(wanted);
-        if best.as_ref().is_none_or(|(_, known)| distance(count) < distance(*known)) {
+    let mut keep = |text: String, count: usize| {
+        if best.as_ref().is_none_or(|(_, known)| count.abs_diff(wanted) < known.abs_diff(wanted)) {
             best = Some((text, count));
         }
+    };
+    for round in 0..FITTING_ROUNDS {
+        let text = join(&words);
+        let count = counter.count(&text).await?;
+        let last_round = round + 1 == FITTING_ROUNDS;
+        if count > wanted
+            && last_round
+            && let Some((text, count)) = counter.cut(&text, wanted).await?
+        {
+            keep(text, count);
+        }
+        keep(text, count);
         if count == wanted {
             break;
         }
-        if count < wanted {
-            words.extend(draw_words(random, wanted - count));
+        if count < wanted || round + 2 == FITTING_ROUNDS {
+            // The last round needs more than enough to cut from.
+            words.extend(draw_words(random, wanted.saturating_sub(count) + 1));
         } else if words.len() > count - wanted {
             words.truncate(words.len() - (count - wanted));
         } else {
-            // Fewer words than surplus tokens: try other words instead.
-            words = draw_words(random, words.len().max(2) - 1);
+            // Words of many tokens: there are fewer of them than surplus tokens.
+            words.truncate(words.len() / 2);
         }
     }
     Ok(best.expect("at least one round counted"))
@@ -139,14 +151,36 @@ impl<'a> Counter<'a> {
     }
 
     async fn count(&self, text: &str) -> Result<usize, ClientError> {
-        let body = json!({"model": self.model, "prompt": text, "add_special_tokens": self.special});
-        let answer = self.client.post_json("/tokenize", &body).await?;
+        let answer = self.tokenize(text, self.special).await?;
         let count = answer.get("count").and_then(Value::as_u64);
         let tokens = answer.get("tokens").and_then(Value::as_array).map(|tokens| tokens.len() as u64);
         count
             .or(tokens)
             .and_then(|n| usize::try_from(n).ok())
             .ok_or_else(|| ClientError::Nonsense("/tokenize gave neither count nor tokens".to_owned()))
+    }
+
+    async fn tokenize(&self, text: &str, special: bool) -> Result<Value, ClientError> {
+        let body = json!({"model": self.model, "prompt": text, "add_special_tokens": special});
+        self.client.post_json("/tokenize", &body).await
+    }
+
+    /// The beginning of `text` that has `wanted` tokens, and how many it really has: text cut between tokens need not
+    /// fall into the same tokens again. `None` where the server cannot tell.
+    async fn cut(&self, text: &str, wanted: usize) -> Result<Option<(String, usize)>, ClientError> {
+        let plain = self.tokenize(text, false).await?;
+        let Some(tokens) = plain.get("tokens").and_then(Value::as_array) else { return Ok(None) };
+        let special = self.count(text).await?.saturating_sub(tokens.len());
+        let kept = &tokens[..tokens.len().min(wanted.saturating_sub(special))];
+        let body = json!({"model": self.model, "tokens": kept});
+        let shorter = match self.client.post_json("/detokenize", &body).await {
+            Ok(answer) => answer.get("prompt").and_then(Value::as_str).map(str::to_owned),
+            Err(ClientError::Status { .. }) => None,
+            Err(error) => return Err(error),
+        };
+        let Some(shorter) = shorter else { return Ok(None) };
+        let count = self.count(&shorter).await?;
+        Ok(Some((shorter, count)))
     }
 }
 

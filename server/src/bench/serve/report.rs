@@ -147,12 +147,12 @@ impl<'a> Report<'a> {
         let (prompts, outputs) = self.mismatches();
         if outputs > 0 {
             let hint = if self.run.options.ignore_eos { "" } else { "; --ignore-eos makes them exact" };
-            notes.push(format!("{outputs} answers have another length than asked for{hint}"));
+            notes.push(format!("answers of another length than asked for: {outputs}{hint}"));
         }
         if !self.run.exact_prompts {
             notes.push("the server has no /tokenize: prompt lengths were planned in words".to_owned());
         } else if prompts > 0 && self.run.options.dialect == Dialect::Completions {
-            notes.push(format!("{prompts} prompts have another length than asked for"));
+            notes.push(format!("prompts of another length than asked for: {prompts}"));
         }
         if self.run.outcomes.iter().any(|outcome| outcome.failure.is_none() && !outcome.counted) {
             notes.push("the server sends no usage: output tokens are chunks, prompt tokens as planned".to_owned());
@@ -163,6 +163,7 @@ impl<'a> Report<'a> {
             _ => {}
         }
         if let Some(cpu) = self.run.client_cpu
+            && self.run.duration > 1.0
             && cpu > 0.5 * self.run.duration
         {
             notes.push(format!(

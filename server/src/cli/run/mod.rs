@@ -27,7 +27,7 @@ const TEMPERATURE: f32 = 0.7;
 #[command(after_help = "\
 Examples:
   cupola run
-  cupola run smollm2-135m-instruct \"The capital of France is\" --temperature 0
+  cupola run smollm2-135m-instruct \"What is the capital of France? Answer in one word.\" --temperature 0
   git diff | cupola run smollm2-135m-instruct - --system \"Describe this change in one sentence.\"
 
 In a chat, Ctrl-C stops the answer; /help lists the commands.")]
@@ -180,5 +180,5 @@ async fn single(args: &RunArgs, session: &Session, prompt: &str, out: &mut dyn W
     if args.verbose {
         drop(writeln!(std::io::stderr(), "{}", answer.figures()));
     }
-    Ok(())
+    if answer.reason.is_none() { Err(Error::Interrupted) } else { Ok(()) }
 }
