@@ -149,8 +149,11 @@ async function follows(tab) {
   await tab.page.mouse.move(300, 200);
   await tab.page.mouse.wheel(0, -250);
   await tab.page.locator("#to-latest").waitFor();
-  await tab.idle();
+  const height = await tab.page.evaluate(() => document.documentElement.scrollHeight);
+  await tab.page.waitForFunction((before) => document.documentElement.scrollHeight > before + 100, height);
   assert.ok((await left()) >= 200, "the page stays where the reader went");
+  await tab.page.locator("#stop").click();
+  await tab.idle();
   await tab.page.locator("#to-latest").press("Enter");
   assert.ok((await left()) < 2);
   await tab.page.locator("#to-latest").waitFor({ state: "hidden" });
