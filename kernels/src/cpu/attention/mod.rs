@@ -3,9 +3,9 @@
 //!
 //! ```text
 //!   item = (sequence, kv head, query heads x tokens: up to 24 rows)          plan.rs
-//!     for each stretch of 512 positions           (a partial result m, l, o per row)
+//!     for each stretch of 512 positions: a partial result m, l, o per row      item.rs
 //!       for each tile of 64 positions             (two blocks of the pool)
-//!         for each up to 6 rows (12 with AVX-512)                            tile.rs
+//!         for each up to 6 rows (12 with AVX-512)                              tile.rs
 //!           p = q . K                 K block [group of 16][dim][16]: 16 scores to a vector
 //!           softmax of p, with m and l
 //!         for each up to 6 rows (every K and V vector that is loaded serves all of them)
@@ -18,6 +18,7 @@
 //! stretches of an item can also be computed by several threads, each leaving its partial result in a slot; folding the
 //! slots in order is the same arithmetic.
 
+mod item;
 mod plan;
 mod tile;
 
@@ -33,8 +34,8 @@ use crate::format::ggml::BLOCK;
 use crate::kv::{BlockId, KvLayout, SeqSpan};
 use crate::memory::{Arena, SharedMut};
 use crate::{Error, HeadShape, Result};
+use item::{FoldSlots, Out, RunItem, Unstage, Views, work_len};
 use plan::Plan;
-use tile::{FoldSlots, Out, RunItem, Unstage};
 
 /// Positions of a stretch: the unit in which an item can be split over threads.
 const STRETCH: usize = 512;
@@ -90,7 +91,7 @@ impl AttentionScratch {
         Ok(Self {
             head_dim,
             plan: Plan::new(slots),
-            workers: Arena::zeroed(threads * tile::work_len(head_dim), "attention work memory")?,
+            workers: Arena::zeroed(threads * work_len(head_dim), "attention work memory")?,
             slots: Arena::zeroed(slots * (SLOT_HEAD + head_dim), "attention partial results")?,
             staged: Vec::new(),
         })
@@ -117,7 +118,7 @@ pub(crate) fn attention(
     let refuse = |expected: String, got: String| Err(Error::Shape { op: OP, expected, got });
     check_heads(OP, op.shape, op.layout)?;
     let HeadShape { heads, kv_heads, head_dim } = op.shape;
-    let (cols, work_len) = (heads * head_dim, tile::work_len(head_dim));
+    let (cols, work_len) = (heads * head_dim, work_len(head_dim));
     if scratch.head_dim != head_dim || scratch.workers.len() < pool.threads() * work_len {
         return refuse(format!("heads of {}, as in the pool", scratch.head_dim), head_dim.to_string());
     }
@@ -143,7 +144,7 @@ pub(crate) fn attention(
     }
     let (workers, slots) = (SharedMut::new(workers), SharedMut::new(slots));
     let to = if stage { Out::Staged(SharedMut::new(staged)) } else { Out::Direct(*out) };
-    let views = &tile::Views { op, spans: &spans, out: to, slots };
+    let views = &Views { op, spans: &spans, out: to, slots };
     // SAFETY: no two chunks that run at one time have the same worker index.
     let work = |worker| unsafe { workers.part(worker * work_len, work_len) };
 

@@ -123,7 +123,7 @@ impl Plan {
         if threads > 1 {
             self.split(self.cost / (4 * threads));
         }
-        self.items.sort_by_key(|item| std::cmp::Reverse(item.cost()));
+        self.items.sort_unstable_by_key(|item| std::cmp::Reverse(item.cost()));
     }
 
     /// Splits items that are costlier than `limit` into their stretches, while there are slots. Whether an item is split
