@@ -19,7 +19,8 @@ answer=$(curl -sSf "$url/v1/chat/completions" -H 'content-type: application/json
                {"role": "user", "content": "The capital of France is"}]}')
 echo "$answer"
 case "$answer" in *Paris*) ;; *) echo "expected Paris in the answer"; exit 1 ;; esac
-kill -TERM "$server"
+# cargo does not pass signals on: the server is its child.
+kill -TERM "$(pgrep -P "$server")"
 wait "$server" || { echo "the server did not stop cleanly"; exit 1; }
 trap - EXIT
 echo "smoke test passed"
