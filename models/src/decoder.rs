@@ -9,8 +9,8 @@
 //! All arenas are allocated in [`Decoder::load`] from [`DecoderLimits`]; a forward pass allocates nothing.
 
 use cupola_kernels::{
-    ActId, Attention, Backend, BufferId, Epilogue, KvId, KvLayout, LinearId, PartOrder, RopeId, RopeStore, Rows,
-    VectorId, kv::BLOCK_SIZE,
+    ActId, Attention, Backend, BufferId, Epilogue, KvId, LinearId, PartOrder, RopeId, RopeStore, Rows, VectorId,
+    kv::BLOCK_SIZE,
 };
 
 use crate::spec::TensorNames;
@@ -421,9 +421,4 @@ impl Loader<'_> {
 /// Blocks that hold `tokens` tokens.
 pub fn blocks_for(tokens: usize) -> usize {
     tokens.div_ceil(BLOCK_SIZE)
-}
-
-/// Bytes of a key/value pool.
-pub fn kv_bytes(layout: KvLayout, blocks: usize) -> u64 {
-    layout.block_bytes() as u64 * blocks as u64
 }
