@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   support/  finds the default model and the built binary, starts servers, speaks HTTP
-//!   golden/   logits against a plain forward pass and candle-transformers
+//!   golden/   weight types against candle, logits against a plain forward pass and candle-transformers
 //!   engine/   batched = alone, warm = cold prefix, chunked = whole prefill, on the real model
 //!   api/      the HTTP contract
 //!   faults/   clients that go away, full queues, damaged files

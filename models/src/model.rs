@@ -35,6 +35,8 @@ pub struct ModelInfo {
     pub file_bytes: u64,
     /// Bytes of the tensors.
     pub weight_bytes: u64,
+    /// Bytes of the tensors once they are packed for the kernels.
+    pub packed_bytes: u64,
     /// Number of values in all tensors.
     pub parameters: u64,
     /// Family, as the model files name it.
@@ -157,6 +159,7 @@ fn info(
         path: path.to_owned(),
         file_bytes,
         weight_bytes: weights.total_bytes(),
+        packed_bytes: weights.packed_bytes(),
         parameters: weights.parameters(),
         architecture: spec.family.clone(),
         quantization: weights.dominant_type(),

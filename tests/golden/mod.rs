@@ -1,8 +1,9 @@
-//! Numbers: the decoder against a plain f32 forward pass, and against candle-transformers.
+//! Numbers: weight types against candle, the decoder against a plain f32 forward pass and candle-transformers.
 //!
 //! Cupola multiplies 4-bit weights with 8-bit activations, so its logits differ from exact ones by a few percent of
 //! their spread; direction (cosine) and the most likely token must agree.
 
+mod formats;
 mod gemma;
 mod reference;
 
