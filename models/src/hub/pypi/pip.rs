@@ -128,7 +128,10 @@ impl WorkFolder {
     fn report(&self, progress: &dyn Progress) {
         let mut found = BTreeMap::new();
         sizes(&self.root, 4, &mut found);
-        let size = found.values().sum::<u64>();
+        // Beside wheels pip may write copies for its own cache under names of no meaning; they count where there is
+        // nothing else to go by.
+        let wheels = found.iter().filter(|(name, _)| name.to_string_lossy().ends_with(".whl"));
+        let size = wheels.map(|(_, size)| *size).sum::<u64>().max(found.values().copied().max().unwrap_or(0));
         let more = size.saturating_sub(self.reported.get());
         if more > 0 {
             progress.advance(more);
