@@ -69,7 +69,7 @@ pub fn plan(model: &Model, config: &EngineConfig) -> Result<MemoryPlan, Error> {
         max_model_len: config.max_model_len.unwrap_or(spec.max_positions),
     };
     let facts = ModelFacts {
-        weights_bytes: model.info.weight_bytes,
+        weights_bytes: model.info.packed_bytes,
         kv: spec.kv_layout(),
         max_positions: spec.max_positions,
         arena_bytes: limits.arena_bytes(spec),

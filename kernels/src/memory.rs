@@ -19,6 +19,7 @@ mod sealed {
     impl Plain for u8 {}
     impl Plain for i8 {}
     impl Plain for u16 {}
+    impl Plain for i16 {}
     impl Plain for u32 {}
     impl Plain for u64 {}
     impl Plain for i32 {}

@@ -35,6 +35,8 @@ pub struct ModelInfo {
     pub file_bytes: u64,
     /// Bytes of the tensors.
     pub weight_bytes: u64,
+    /// Bytes of the tensors once they are packed for the kernels.
+    pub packed_bytes: u64,
     /// Number of values in all tensors.
     pub parameters: u64,
     /// Family, as the model files name it.
@@ -119,7 +121,7 @@ fn open_folder(folder: &Path) -> Result<Model> {
     let config = HfConfig::read(&folder.join("config.json"))?;
     let settings = HfConfig::read_optional(&folder.join("tokenizer_config.json"))?;
     let generation = HfConfig::read_optional(&folder.join("generation_config.json"))?;
-    let spec = arch::from_config(&config)?;
+    let mut spec = arch::from_config(&config)?;
     let eos = match &generation {
         Some(generation) => generation.token_ids("eos_token_id")?,
         None => Vec::new(),
@@ -131,6 +133,7 @@ fn open_folder(folder: &Path) -> Result<Model> {
         None => None,
     };
     let (weights, files) = safetensors::open_folder(folder)?;
+    arch::respell(&mut spec, &weights);
     arch::check_tensors(&spec, &weights, folder)?;
     let info = info(folder, &files, &spec, &weights, &tokenizer)?;
     let generation = match &generation {
@@ -156,6 +159,7 @@ fn info(
         path: path.to_owned(),
         file_bytes,
         weight_bytes: weights.total_bytes(),
+        packed_bytes: weights.packed_bytes(),
         parameters: weights.parameters(),
         architecture: spec.family.clone(),
         quantization: weights.dominant_type(),

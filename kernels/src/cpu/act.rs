@@ -4,11 +4,12 @@
 //!   rows     | tile of T | tile of T | ... | T/2 | .. | 1 |        T = 4 or 8, greedily: no row is padding
 //!   tile     [block of 32 columns][row of the tile][32 x i8]       quants, so that a kernel reads forward only
 //!            [block of 32 columns]{ d: rows of the tile x f32 | s: rows of the tile x f32 }
+//!            [block of 32 columns][row of the tile][2 x i16]     sums of the quants of the first and the last 16 columns
 //!   float    [row][column] f32                                     for weights that are floats themselves
 //! ```
 //!
 //! A row is quantised in blocks of 32: `x = d * q` with `d = max|x| / 127`, and `s = d * sum(q)` pays for the offset of
-//! unsigned weights. Which of the two forms a row gets is what its consumer's weights need ([`Form`]).
+//! unsigned weights; where those have a scale for each 16 columns, the two sums pay for it in whole numbers. Which of the two forms a row gets is what its consumer's weights need ([`Form`]).
 
 use super::simd::{LANES, Simd};
 use crate::format::ggml::BLOCK;
@@ -74,6 +75,7 @@ pub(crate) struct Act {
     tile_rows: usize,
     quants: Arena<i8>,
     scales: Arena<f32>,
+    sums: Arena<[i16; 2]>,
     floats: Arena<f32>,
 }
 
@@ -91,13 +93,14 @@ impl Act {
             tile_rows,
             quants: Arena::zeroed(blocks * BLOCK, what)?,
             scales: Arena::zeroed(blocks * 2, what)?,
+            sums: Arena::zeroed(blocks, what)?,
             floats: Arena::zeroed(size, what)?,
         })
     }
 
     /// Bytes of memory at most in use.
     pub(crate) fn bytes(&self) -> usize {
-        self.quants.bytes() + self.scales.bytes() + self.floats.bytes()
+        self.quants.bytes() + self.scales.bytes() + self.sums.bytes() + self.floats.bytes()
     }
 
     /// Starts to fill the arena with `rows` rows, in the form that a consumer needs.
@@ -119,7 +122,11 @@ impl Act {
             rows,
             cols: self.cols,
             tile_rows: self.tile_rows,
-            quants: form.int8.then(|| (SharedMut::new(&mut self.quants), SharedMut::new(&mut self.scales))),
+            quants: form.int8.then(|| Quantised {
+                quants: SharedMut::new(&mut self.quants),
+                scales: SharedMut::new(&mut self.scales),
+                sums: SharedMut::new(&mut self.sums),
+            }),
             floats: form.float.then(|| SharedMut::new(&mut self.floats)),
         })
     }
@@ -137,8 +144,8 @@ impl Act {
                 got: format!("{rows} rows, as {form:?}"),
             });
         }
-        let (quants, scales, floats) = (&self.quants, &self.scales, &self.floats);
-        Ok(ActReader { rows, cols: self.cols, tile_rows: self.tile_rows, quants, scales, floats })
+        let (quants, scales, sums, floats) = (&self.quants, &self.scales, &self.sums, &self.floats);
+        Ok(ActReader { rows, cols: self.cols, tile_rows: self.tile_rows, quants, scales, sums, floats })
     }
 }
 
@@ -150,6 +157,7 @@ pub(crate) struct ActReader<'a> {
     pub(crate) tile_rows: usize,
     quants: &'a [i8],
     scales: &'a [f32],
+    sums: &'a [[i16; 2]],
     floats: &'a [f32],
 }
 
@@ -162,11 +170,26 @@ impl<'a> ActReader<'a> {
         (&self.quants[at * BLOCK..][..len * BLOCK], &self.scales[at * 2..][..len * 2])
     }
 
+    /// Sums of the quants of a tile, all blocks.
+    #[inline(always)]
+    pub(crate) fn sums(&self, tile: Tile) -> &'a [[i16; 2]] {
+        let blocks = self.cols / BLOCK;
+        &self.sums[tile.row * blocks..][..tile.len * blocks]
+    }
+
     /// Consecutive rows as floats.
     #[inline(always)]
     pub(crate) fn floats(&self, tile: Tile) -> &'a [f32] {
         &self.floats[tile.row * self.cols..][..tile.len * self.cols]
     }
+}
+
+/// The quantised form of an activation, to be written.
+#[derive(Clone, Copy)]
+struct Quantised<'a> {
+    quants: SharedMut<'a, i8>,
+    scales: SharedMut<'a, f32>,
+    sums: SharedMut<'a, [i16; 2]>,
 }
 
 /// Write access to the rows of an activation arena, from several threads at once.
@@ -175,8 +198,8 @@ pub(crate) struct ActWriter<'a> {
     rows: usize,
     cols: usize,
     tile_rows: usize,
-    /// Quants and scales, when they are wanted.
-    quants: Option<(SharedMut<'a, i8>, SharedMut<'a, f32>)>,
+    /// Quants, when they are wanted.
+    quants: Option<Quantised<'a>>,
     /// Floats, when they are wanted.
     floats: Option<SharedMut<'a, f32>>,
 }
@@ -210,7 +233,7 @@ impl ActWriter<'_> {
             let out = unsafe { floats.part(row * self.cols + col, values.len()) };
             out.copy_from_slice(values);
         }
-        if let Some((quants, scales)) = self.quants {
+        if let Some(Quantised { quants, scales, sums }) = self.quants {
             let (blocks, rest) = values.as_chunks::<BLOCK>();
             assert!(
                 rest.is_empty() && col.is_multiple_of(BLOCK),
@@ -223,13 +246,17 @@ impl ActWriter<'_> {
                 let at = first + b * tile.len;
                 // SAFETY: the caller is alone with this block of the row.
                 let quants = unsafe { quants.part((at + row - tile.row) * BLOCK, BLOCK) };
-                let (d, sum) = quantise_block(s, block, as_block_mut(quants));
+                let (d, half_sums) = quantise_block(s, block, as_block_mut(quants));
                 let place = at * 2 + row - tile.row;
                 // SAFETY: as above: this value belongs to this row's block alone.
                 let scale = unsafe { scales.part(place, 1) };
                 // SAFETY: so does this one.
                 let scaled_sum = unsafe { scales.part(place + tile.len, 1) };
-                (scale[0], scaled_sum[0]) = (d, d * sum as f32);
+                // SAFETY: and so does this.
+                let sums = unsafe { sums.part(at + row - tile.row, 1) };
+                (scale[0], scaled_sum[0]) = (d, d * (half_sums[0] + half_sums[1]) as f32);
+                // 16 quants of at most 127 each.
+                sums[0] = half_sums.map(|sum| sum as i16);
             }
         }
     }
@@ -239,9 +266,9 @@ fn as_block_mut<T: Plain, const N: usize>(slice: &mut [T]) -> &mut [T; N] {
     slice.try_into().expect("the part was taken with this length")
 }
 
-/// Quantises 32 values: returns the scale and the sum of the quants.
+/// Quantises 32 values: returns the scale, and the sums of the quants of the first and the last 16.
 #[inline(always)]
-fn quantise_block<S: Simd>(s: S, x: &[f32; BLOCK], out: &mut [i8; BLOCK]) -> (f32, i32) {
+fn quantise_block<S: Simd>(s: S, x: &[f32; BLOCK], out: &mut [i8; BLOCK]) -> (f32, [i32; 2]) {
     let (halves, _) = x.as_chunks::<LANES>();
     let (low, high) = (s.load(&halves[0]), s.load(&halves[1]));
     let largest = s.reduce_max(s.max(s.abs(low), s.abs(high)));
@@ -295,6 +322,11 @@ mod tests {
                     let q = &quants[(block * tile.len + r) * 32..][..32];
                     let sum: i32 = q.iter().map(|&q| i32::from(q)).sum();
                     assert_eq!(scales[(block * 2 + 1) * tile.len + r], d * sum as f32);
+                    let halves = reader.sums(tile)[block * tile.len + r];
+                    assert_eq!(
+                        halves.map(i32::from),
+                        [0, 16].map(|at| q[at..at + 16].iter().map(|&q| i32::from(q)).sum())
+                    );
                     for (i, &q) in q.iter().enumerate() {
                         let x = value(tile.row + r, block * 32 + i);
                         assert!((d * f32::from(q) - x).abs() <= d * 0.501);
@@ -312,9 +344,9 @@ mod tests {
     fn tiny_and_zero_blocks_are_zero_and_extremes_reach_127() {
         for (x, d, q) in [(0.0, 0.0, 0), (1e-40, 0.0, 0), (-3.0e38, 3.0e38 / 127.0, -127), (2.0, 2.0 / 127.0, 127)] {
             let mut out = [1; 32];
-            let (got_d, sum) = quantise_block(Scalar, &[x; 32], &mut out);
+            let (got_d, sums) = quantise_block(Scalar, &[x; 32], &mut out);
             assert!((got_d - d).abs() <= d * 1e-6);
-            assert_eq!((out, sum), ([q; 32], i32::from(q) * 32));
+            assert_eq!((out, sums), ([q; 32], [i32::from(q) * 16; 2]));
         }
     }
 }

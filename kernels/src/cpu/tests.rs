@@ -26,18 +26,22 @@ fn matrix(ty: WeightType, rows: usize, cols: usize, seed: usize) -> (Vec<u8>, Ve
             WeightType::F32 => file.extend((noise(at) * 0.2).to_le_bytes()),
             WeightType::F16 => file.extend(half(noise(at) * 0.2)),
             WeightType::Bf16 => file.extend(half::bf16::from_f32(noise(at) * 0.2).to_le_bytes()),
-            WeightType::Q4_0 => {
-                file.extend(half(noise(at) * 0.02));
-                file.extend(quants(16));
-            }
-            WeightType::Q4_1 => {
-                file.extend(half(noise(at) * 0.02));
-                file.extend(half(noise(at + 1) * 0.1));
-                file.extend(quants(16));
-            }
-            WeightType::Q8_0 => {
-                file.extend(half(noise(at) * 0.001));
-                file.extend(quants(32));
+            _ => {
+                // Scales first, then quants, but for types that have it the other way round.
+                let halves: Vec<u8> = match ty {
+                    WeightType::Q4_1 | WeightType::Q5_1 => [half(noise(at) * 0.02), half(noise(at + 1) * 0.1)].concat(),
+                    WeightType::Q2K | WeightType::Q4K | WeightType::Q5K => {
+                        [half(noise(at) * 0.002), half(noise(at + 1) * 0.002)].concat()
+                    }
+                    WeightType::Q4_0 | WeightType::Q5_0 => half(noise(at) * 0.02).to_vec(),
+                    _ => half(noise(at) * 0.001).to_vec(),
+                };
+                let quants = quants(ty.block_bytes() - halves.len());
+                if matches!(ty, WeightType::Q2K | WeightType::Q3K | WeightType::Q6K) {
+                    file.extend(quants.chain(halves));
+                } else {
+                    file.extend(halves.into_iter().chain(quants));
+                }
             }
         }
     }
@@ -112,15 +116,18 @@ fn assert_product(
 #[test]
 fn linear_stores_adds_and_biases() {
     println!("instruction sets covered: {:?}", Isa::available());
-    use WeightType::{Bf16, F16, F32, Q4_0, Q4_1, Q8_0};
+    use WeightType::{Bf16, F16, F32, Iq4Nl, Iq4Xs, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
     for mut backend in backends() {
-        let cases: [(&[(WeightType, usize)], usize); 6] = [
+        let cases: [(&[(WeightType, usize)], usize); 9] = [
             (&[(Q4_1, 48), (Q4_0, 17), (Q8_0, 5)], 96),
             (&[(Q4_0, 16), (F16, 33)], 64),
             (&[(F32, 20)], 37),
             (&[(Bf16, 31)], 64),
             (&[(Q8_0, 1)], 32),
             (&[(Q4_1, 576)], 576),
+            (&[(Q5_0, 18), (Q5_1, 5), (Iq4Nl, 33)], 96),
+            (&[(Q4K, 37), (Q6K, 5), (Q8_0, 2)], 512),
+            (&[(Q2K, 5), (Q3K, 18), (Q5K, 3), (Iq4Xs, 16)], 256),
         ];
         for (parts, cols) in cases {
             let out_rows: usize = parts.iter().map(|part| part.1).sum();

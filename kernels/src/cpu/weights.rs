@@ -136,7 +136,7 @@ impl Linear {
                     format!("{} bytes", part.data.len()),
                 );
             }
-            let float = part.ty.block_len() == 1;
+            let float = part.ty.is_float();
             form = form.union(Form { int8: !float, float });
         }
         if order == PartOrder::GateUp && (parts.len() != 2 || parts[0].rows != parts[1].rows || form == BOTH) {
@@ -196,13 +196,14 @@ const BOTH: Form = Form { int8: true, float: true };
 fn pack_part(store: &mut Store, pool: &mut Pool, part: &WeightPart<'_>, first: usize) -> Result<Part> {
     let &WeightPart { ty, rows, cols, data } = part;
     let panel_bytes = panel_bytes(ty, cols).expect("the shape was checked before");
+    let source_bytes = data.len() / rows * PANEL;
     let panels = rows.div_ceil(PANEL);
     let len =
         panels.checked_mul(panel_bytes).ok_or(Error::OutOfMemory { bytes: usize::MAX, what: "packed weights" })?;
     let place = store.reserve(len)?;
     let target = SharedMut::new(&mut store.chunks[place.chunk][place.offset..][..len]);
     pool.run(panels, &|panel, _worker| {
-        let source = &data[panel * panel_bytes..data.len().min((panel + 1) * panel_bytes)];
+        let source = &data[panel * source_bytes..data.len().min((panel + 1) * source_bytes)];
         // SAFETY: each chunk of the job writes the panel of its own index.
         let target = unsafe { target.part(panel * panel_bytes, panel_bytes) };
         pack_panel(ty, cols, source, target);

@@ -92,6 +92,11 @@ impl Gguf {
         self.values.contains_key(key)
     }
 
+    /// True when the value of this key is an array.
+    pub fn is_array(&self, key: &str) -> bool {
+        matches!(self.values.get(key), Some(Value::Array { .. }))
+    }
+
     /// A non-negative integer of any width.
     ///
     /// # Errors
@@ -266,30 +271,38 @@ fn scalar(ty: u32, raw: &[u8]) -> Value {
 
 /// The weight type behind ggml's number, or its name for the message when nothing here can read it.
 fn tensor_type(raw: u32) -> TensorType {
+    let known = match raw {
+        0 => WeightType::F32,
+        1 => WeightType::F16,
+        2 => WeightType::Q4_0,
+        3 => WeightType::Q4_1,
+        6 => WeightType::Q5_0,
+        7 => WeightType::Q5_1,
+        8 => WeightType::Q8_0,
+        10 => WeightType::Q2K,
+        11 => WeightType::Q3K,
+        12 => WeightType::Q4K,
+        13 => WeightType::Q5K,
+        14 => WeightType::Q6K,
+        20 => WeightType::Iq4Nl,
+        23 => WeightType::Iq4Xs,
+        30 => WeightType::Bf16,
+        _ => return TensorType::Other(other_name(raw)),
+    };
+    TensorType::Known(known)
+}
+
+/// Name of a type that has no kernels.
+fn other_name(raw: u32) -> String {
     let name = match raw {
-        0 => return TensorType::Known(WeightType::F32),
-        1 => return TensorType::Known(WeightType::F16),
-        2 => return TensorType::Known(WeightType::Q4_0),
-        3 => return TensorType::Known(WeightType::Q4_1),
-        8 => return TensorType::Known(WeightType::Q8_0),
-        30 => return TensorType::Known(WeightType::Bf16),
-        6 => "Q5_0",
-        7 => "Q5_1",
         9 => "Q8_1",
-        10 => "Q2_K",
-        11 => "Q3_K",
-        12 => "Q4_K",
-        13 => "Q5_K",
-        14 => "Q6_K",
         15 => "Q8_K",
         16 => "IQ2_XXS",
         17 => "IQ2_XS",
         18 => "IQ3_XXS",
         19 => "IQ1_S",
-        20 => "IQ4_NL",
         21 => "IQ3_S",
         22 => "IQ2_S",
-        23 => "IQ4_XS",
         24 => "I8",
         25 => "I16",
         26 => "I32",
@@ -299,9 +312,9 @@ fn tensor_type(raw: u32) -> TensorType {
         34 => "TQ1_0",
         35 => "TQ2_0",
         39 => "MXFP4",
-        other => return TensorType::Other(format!("number {other}")),
+        other => return format!("number {other}"),
     };
-    TensorType::Other(name.to_owned())
+    name.to_owned()
 }
 
 /// Reads the whole metadata of a file.

@@ -144,6 +144,18 @@ impl Weights {
         self.tensors.values().map(|t| t.range.len() as u64).sum()
     }
 
+    /// Bytes of all tensors once their matrices are packed for the kernels.
+    pub fn packed_bytes(&self) -> u64 {
+        let bytes = |tensor: &Tensor| {
+            let packed = match (&tensor.ty, &tensor.shape[..]) {
+                (TensorType::Known(ty), &[rows, cols]) => ty.packed_bytes(rows, cols),
+                _ => None,
+            };
+            packed.unwrap_or(tensor.range.len()) as u64
+        };
+        self.tensors.values().map(bytes).sum()
+    }
+
     /// Number of values in all tensors.
     pub fn parameters(&self) -> u64 {
         self.tensors.values().map(|t| t.shape.iter().map(|&d| d as u64).fold(1, u64::saturating_mul)).sum()
@@ -175,7 +187,7 @@ impl Weights {
             TensorType::Known(ty) => Ok((tensor, *ty)),
             TensorType::Other(other) => Err(Error::Unsupported {
                 what: format!("tensor {name} of type {other}"),
-                hint: "choose a file in F32, F16, BF16, Q8_0, Q4_0 or Q4_1".to_owned(),
+                hint: format!("choose a file in {}", known_types()),
             }),
         }
     }
@@ -192,6 +204,11 @@ impl std::fmt::Debug for Weights {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Weights").field("files", &self.files.len()).field("tensors", &self.tensors.len()).finish()
     }
+}
+
+/// Names of the types that the kernels read.
+fn known_types() -> String {
+    WeightType::ALL.map(WeightType::name).join(", ")
 }
 
 /// Maps a file.

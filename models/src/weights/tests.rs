@@ -48,6 +48,7 @@ fn reads_what_was_written_in_versions_2_and_3() {
         weights.release("w");
         assert_eq!(weights.part("w").unwrap().data[..4], 0.25f32.to_le_bytes(), "released pages are read again");
         assert_eq!((weights.total_bytes(), weights.parameters(), &*weights.dominant_type()), (262, 67, "F32"));
+        assert_eq!(weights.packed_bytes(), 16 * 32 * 4 + 6, "rows are packed in sixteens");
     }
 }
 
@@ -169,7 +170,7 @@ fn duplicates_and_odd_alignments_are_refused() {
 #[test]
 fn an_unknown_type_matters_only_when_used() {
     let mut file = tiny_writer(WeightType::F32, 1);
-    let extra = TensorItem { name: "extra".into(), shape: vec![2, 256], ty: 14, data: vec![0; 420] };
+    let extra = TensorItem { name: "extra".into(), shape: vec![2, 256], ty: 18, data: vec![0; 420] };
     file.tensors.push(extra.clone());
     file.tensors.push(TensorItem { name: "future".into(), ty: 99, ..extra });
     let scratch = Scratch::new("unknown-type");
@@ -177,7 +178,7 @@ fn an_unknown_type_matters_only_when_used() {
     std::fs::write(&path, file.finish()).unwrap();
     let model = Model::open(&path).unwrap();
     let message = model.weights.part("extra").unwrap_err().to_string();
-    assert!(message.contains("tensor extra of type Q6_K is not supported"), "{message}");
+    assert!(message.contains("tensor extra of type IQ3_XXS is not supported"), "{message}");
     assert!(model.weights.part("future").unwrap_err().to_string().contains("type number 99"));
 }
 

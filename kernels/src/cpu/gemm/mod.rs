@@ -7,9 +7,20 @@
 //!     └─ tiles of 1, 2, 4 or 8 rows share each load of the panel
 //! ```
 //!
-//! **Numbers.** Unsigned weights times signed activations, exact in i32 within a block of 32 columns; then, block after
-//! block, `acc = fma(sum, d_w * d_x, acc)` and `acc = fma(offset_w, s_x, acc)`. That order is the same for every tile, so a
-//! row's result does not depend on the rows beside it.
+//! **Numbers.** Unsigned codes times signed activations, exact in i32 within a block of 32 columns, whole-number scales
+//! included; then, block after block, `acc = fma(sum, d_w * d_x, acc)`, and what the type's zero asks for ([`Zero`]):
+//!
+//! ```text
+//!   Code(z), no scales     acc = fma(-z * d_w, s_x, acc)                      s_x = d_x * sum of the block's quants x
+//!   Code(z), scales s      nothing: sum = s . (codes . x - z * sum of x)      for each 16 columns
+//!   Add(m)                 acc = fma(m, s_x, acc)
+//!   Mins(dmin, m)          acc = fma(-(dmin * m), s_x, acc)
+//!   HighNibbles(dmin, m)   acc = fma(m . sum of x, -dmin * d_x, acc)          for each 16 columns
+//! ```
+//!
+//! That order is the same for every tile, so a row's result does not depend on the rows beside it.
+//!
+//! [`Zero`]: crate::format::pack::Zero
 
 pub(super) mod float;
 mod scalar;
@@ -29,7 +40,7 @@ use super::isa::Isa;
 use super::simd::{Kernel, Simd, dispatch, prefetch_line};
 use crate::WeightType;
 use crate::format::ggml::BLOCK;
-use crate::format::pack::{PANEL, PanelBlock, Q4_0x16, Q4_1x16, Q8_0x16};
+use crate::format::pack::{ForPacked, PANEL, Packed, PanelBlock, Q4_0x16, Q4_1x16, Q8_0x16, for_packed};
 use crate::memory::{Plain, cast};
 
 /// 16 outputs of one activation row.
@@ -43,6 +54,26 @@ pub(super) const GROUP: usize = 128;
 pub(super) type TileQuants<const N: usize> = [[i8; BLOCK]; N];
 /// One block of a tile of `N` rows: their scales, then their scaled sums.
 pub(super) type TileScales<const N: usize> = [[f32; N]; 2];
+/// One block of a tile of `N` rows: sums of their quants, of the first and the last 16 columns.
+pub(super) type TileSums<const N: usize> = [[i16; 2]; N];
+
+/// Blocks of a tile of `N` rows, one entry for each in every slice.
+#[derive(Clone, Copy)]
+pub(crate) struct TileActs<'a, const N: usize> {
+    quants: &'a [TileQuants<N>],
+    scales: &'a [TileScales<N>],
+    sums: &'a [TileSums<N>],
+}
+
+impl<'a, const N: usize> TileActs<'a, N> {
+    /// The same in runs of `blocks` blocks.
+    #[inline(always)]
+    fn split(self, blocks: usize) -> impl Iterator<Item = TileActs<'a, N>> {
+        let floats = self.scales.chunks_exact(blocks).zip(self.sums.chunks_exact(blocks));
+        let runs = self.quants.chunks_exact(blocks).zip(floats);
+        runs.map(|(quants, (scales, sums))| TileActs { quants, scales, sums })
+    }
+}
 
 /// Integer dot products of one instruction set.
 pub(crate) trait IntDot: Copy {
@@ -122,6 +153,15 @@ impl<'a> Group<'a> {
     }
 }
 
+impl<'a> Group<'a> {
+    /// All blocks of a tile.
+    #[inline(always)]
+    fn acts_of<const N: usize>(&self, tile: Tile) -> TileActs<'a, N> {
+        let sums = self.acts.sums(tile).as_chunks::<N>().0;
+        TileActs { quants: self.quants(tile), scales: self.scales(tile), sums }
+    }
+}
+
 /// How far ahead of the block in use packed weights are fetched, in bytes: the hardware's own prefetch stops at each
 /// 4 KiB page.
 const PREFETCH: usize = 4096;
@@ -173,6 +213,23 @@ impl Kernel for Multiply<'_> {
             WeightType::Q4_0 => s.panel(cast::<Q4_0x16>(panel), rows, scratch, out),
             WeightType::Q4_1 => s.panel(cast::<Q4_1x16>(panel), rows, scratch, out),
             WeightType::Q8_0 => s.panel(cast::<Q8_0x16>(panel), rows, scratch, out),
+            _ => {
+                for_packed(ty, Reference { panel, rows, out });
+            }
         }
+    }
+}
+
+struct Reference<'a> {
+    panel: &'a [u8],
+    rows: Group<'a>,
+    out: &'a mut [Lanes],
+}
+
+impl ForPacked for Reference<'_> {
+    type Output = ();
+
+    fn run<B: Packed>(self) {
+        scalar::panel(cast::<B>(self.panel), self.rows, self.out);
     }
 }

@@ -207,7 +207,7 @@ mod ops {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn round_i8(v: [V; 2], dst: &mut [i8; 32]) -> i32 {
+    pub(super) fn round_i8(v: [V; 2], dst: &mut [i8; 32]) -> [i32; 2] {
         let [a, b] = v;
         let a16 = _mm256_packs_epi32(_mm256_cvtps_epi32(a.0), _mm256_cvtps_epi32(a.1));
         let b16 = _mm256_packs_epi32(_mm256_cvtps_epi32(b.0), _mm256_cvtps_epi32(b.1));
@@ -216,9 +216,11 @@ mod ops {
         let bytes = _mm256_permutevar8x32_epi32(mixed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
         // SAFETY: `dst` is 32 bytes long; the store needs no alignment.
         unsafe { _mm256_storeu_si256(dst.as_mut_ptr().cast(), bytes) };
-        let pairs = _mm256_madd_epi16(_mm256_add_epi16(a16, b16), _mm256_set1_epi16(1));
-        let by4 = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256::<1>(pairs));
-        let by2 = _mm_add_epi32(by4, _mm_shuffle_epi32::<0b00_00_11_10>(by4));
-        _mm_cvtsi128_si32(_mm_add_epi32(by2, _mm_shuffle_epi32::<0b01>(by2)))
+        let ones = _mm256_set1_epi16(1);
+        // Two quarters of each in every 128 bits, then one half of each, then the sums.
+        let quarters = _mm256_hadd_epi32(_mm256_madd_epi16(a16, ones), _mm256_madd_epi16(b16, ones));
+        let halves = _mm_add_epi32(_mm256_castsi256_si128(quarters), _mm256_extracti128_si256::<1>(quarters));
+        let sums = _mm_hadd_epi32(halves, halves);
+        [_mm_cvtsi128_si32(sums), _mm_extract_epi32::<1>(sums)]
     }
 }

@@ -176,7 +176,7 @@ mod ops {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-    pub(super) fn round_i8(v: [V; 2], dst: &mut [i8; 32]) -> i32 {
+    pub(super) fn round_i8(v: [V; 2], dst: &mut [i8; 32]) -> [i32; 2] {
         let (low, high) = dst.split_at_mut(LANES);
         let a = _mm512_cvtps_epi32(v[0].0);
         let b = _mm512_cvtps_epi32(v[1].0);
@@ -185,6 +185,6 @@ mod ops {
         unsafe { _mm_storeu_si128(low.as_mut_ptr().cast(), a_bytes) };
         // SAFETY: so is `high`.
         unsafe { _mm_storeu_si128(high.as_mut_ptr().cast(), b_bytes) };
-        _mm512_reduce_add_epi32(_mm512_add_epi32(a, b))
+        [_mm512_reduce_add_epi32(a), _mm512_reduce_add_epi32(b)]
     }
 }

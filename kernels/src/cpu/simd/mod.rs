@@ -94,8 +94,9 @@ pub(crate) trait Simd: IntDot + Send + Sync {
     fn keep_lanes(self, v: Self::V, first: usize, end: usize, fill: f32) -> Self::V;
     /// `p * 2^n` where `t` is `ROUND_MAGIC + n`, and 0 in the lanes where `x < EXP_MIN`.
     fn exp_scale(self, p: Self::V, t: Self::V, x: Self::V) -> Self::V;
-    /// Rounds 32 values (to nearest, ties to even) to integers, which must lie in `-128..=127`, and returns their sum.
-    fn round_i8(self, v: [Self::V; 2], dst: &mut [i8; 32]) -> i32;
+    /// Rounds 32 values (to nearest, ties to even) to integers, which must lie in `-128..=127`, and returns the sums of
+    /// the first and the last 16.
+    fn round_i8(self, v: [Self::V; 2], dst: &mut [i8; 32]) -> [i32; 2];
 
     /// `e^x` within 2 units in the last place; exactly 1 at 0, exactly 0 below [`EXP_MIN`], saturated above [`EXP_MAX`].
     #[inline(always)]
@@ -266,7 +267,7 @@ macro_rules! forward_simd {
             reduce_max(v: $vector) -> f32;
             keep_lanes(v: $vector, first: usize, end: usize, fill: f32) -> $vector;
             exp_scale(p: $vector, t: $vector, x: $vector) -> $vector;
-            round_i8(v: [$vector; 2], dst: &mut [i8; 32]) -> i32;
+            round_i8(v: [$vector; 2], dst: &mut [i8; 32]) -> [i32; 2];
         );
     };
     (@impl $token:ty, $vector:ty, $tile:expr, $ops:ident,

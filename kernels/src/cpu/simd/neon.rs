@@ -215,17 +215,17 @@ mod ops {
 
     #[inline]
     #[target_feature(enable = "neon")]
-    pub(super) fn round_i8(v: [V; 2], dst: &mut [i8; 32]) -> i32 {
-        let mut sum = 0;
-        for (part, bytes) in v.iter().zip(dst.as_chunks_mut::<LANES>().0) {
+    pub(super) fn round_i8(v: [V; 2], dst: &mut [i8; 32]) -> [i32; 2] {
+        let mut sums = [0; 2];
+        for (sum, (part, bytes)) in sums.iter_mut().zip(v.iter().zip(dst.as_chunks_mut::<LANES>().0)) {
             let [a, b, c, d] = part.0;
             let low = vqmovn_high_s32(vqmovn_s32(vcvtnq_s32_f32(a)), vcvtnq_s32_f32(b));
             let high = vqmovn_high_s32(vqmovn_s32(vcvtnq_s32_f32(c)), vcvtnq_s32_f32(d));
             let packed = vqmovn_high_s16(vqmovn_s16(low), high);
             // SAFETY: `bytes` is 16 bytes long.
             unsafe { vst1q_s8(bytes.as_mut_ptr(), packed) };
-            sum += i32::from(vaddlvq_s8(packed));
+            *sum = i32::from(vaddlvq_s8(packed));
         }
-        sum
+        sums
     }
 }

@@ -142,15 +142,15 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn round_i8(self, v: [Self::V; 2], dst: &mut [i8; 32]) -> i32 {
-        let mut sum = 0;
+    fn round_i8(self, v: [Self::V; 2], dst: &mut [i8; 32]) -> [i32; 2] {
+        let mut sums = [0; 2];
         for (half, part) in v.iter().enumerate() {
             for (lane, x) in part.iter().enumerate() {
                 let q = x.round_ties_even() as i32;
                 dst[half * LANES + lane] = q as i8;
-                sum += q;
+                sums[half] += q;
             }
         }
-        sum
+        sums
     }
 }

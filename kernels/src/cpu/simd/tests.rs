@@ -17,7 +17,7 @@ struct AllOps {
     sums: Vec<f32>,
     halves: [u16; LANES],
     bytes: [i8; 32],
-    byte_sum: i32,
+    byte_sums: [i32; 2],
 }
 
 struct RunAll {
@@ -60,8 +60,8 @@ impl Kernel for RunAll {
         s.store_f16(a, &mut halves);
         let mut bytes = [0; 32];
         let scale = s.splat(12.7);
-        let byte_sum = s.round_i8([s.mul(a, scale), s.mul(b, scale)], &mut bytes);
-        AllOps { vectors, sums: vec![s.reduce_add(a), s.reduce_max(a), s.reduce_max(b)], halves, bytes, byte_sum }
+        let byte_sums = s.round_i8([s.mul(a, scale), s.mul(b, scale)], &mut bytes);
+        AllOps { vectors, sums: vec![s.reduce_add(a), s.reduce_max(a), s.reduce_max(b)], halves, bytes, byte_sums }
     }
 }
 
@@ -94,23 +94,25 @@ fn every_op_gives_the_bits_of_the_scalar_lanes() {
 fn rounding_to_bytes_goes_to_even_and_reaches_both_ends() {
     struct Round([f32; 32]);
     impl Kernel for Round {
-        type Output = ([i8; 32], i32);
+        type Output = ([i8; 32], [i32; 2]);
         #[inline(always)]
         fn run<S: Simd>(self, s: S) -> Self::Output {
             let mut bytes = [0; 32];
             let [low, high] = self.0.as_chunks::<LANES>().0 else { unreachable!("32 is twice 16") };
-            let sum = s.round_i8([s.load(low), s.load(high)], &mut bytes);
-            (bytes, sum)
+            let sums = s.round_i8([s.load(low), s.load(high)], &mut bytes);
+            (bytes, sums)
         }
     }
     let mut values = [0.0; 32];
     values[..8].copy_from_slice(&[0.5, 1.5, -0.5, -1.5, 2.5, 127.0, -127.0, -128.0]);
+    values[16] = 3.4;
+    values[31] = -90.6;
     for isa in runnable() {
-        let (bytes, sum) = dispatch(isa, Round(values));
+        let (bytes, sums) = dispatch(isa, Round(values));
         assert_eq!(bytes[..8], [0, 2, 0, -2, 2, 127, -127, -128], "{isa:?}");
-        assert_eq!(sum, -126);
-        assert_eq!(dispatch(isa, Round([127.0; 32])).1, 127 * 32);
-        assert_eq!(dispatch(isa, Round([-128.0; 32])).1, -128 * 32);
+        assert_eq!(sums, [-126, 3 - 91]);
+        assert_eq!(dispatch(isa, Round([127.0; 32])).1, [127 * 16; 2]);
+        assert_eq!(dispatch(isa, Round([-128.0; 32])).1, [-128 * 16; 2]);
     }
 }
 

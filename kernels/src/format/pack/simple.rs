@@ -1,0 +1,196 @@
+//! Packed blocks of 32 columns with floats of their own: as many bytes as the 16 blocks of the file.
+//!
+//! ```text
+//!   Q4_0    d: 16 x f16                nibbles
+//!   Q4_1    d: 16 x f16  m: 16 x f16   nibbles
+//!   Q5_0    d: 16 x f16                nibbles  bits
+//!   Q5_1    d: 16 x f16  m: 16 x f16   nibbles  bits
+//!   Q8_0    d: 16 x f16                bytes
+//!   IQ4_NL  d: 16 x f16                nibbles
+//! ```
+
+use super::{Codes, PANEL, Packed, Scales, Word, Zero, set_group, set_words};
+use crate::WeightType;
+use crate::format::ggml::u16_at;
+use crate::memory::Plain;
+
+/// Declares a packed block of a type: its fields after `d`, how to read it, and how to write a row of it.
+macro_rules! block {
+    (
+        $ty:ident, $name:ident { $($field:ident: $kind:ty),* }
+        |$this:ident| codes: $codes:expr, zero: $zero:expr;
+        |$lane:ident, $source:ident| $set:block
+    ) => {
+        #[doc = concat!("32 columns of 16 rows of [`WeightType::", stringify!($ty), "`].")]
+        #[derive(Clone, Copy)]
+        #[repr(C, align(32))]
+        pub(crate) struct $name {
+            d: [u16; PANEL],
+            $($field: $kind,)*
+        }
+
+        const _: () = assert!(size_of::<$name>() == PANEL * WeightType::$ty.block_bytes());
+
+        impl Plain for $name {}
+
+        impl Packed for $name {
+            const TYPE: WeightType = WeightType::$ty;
+
+            #[inline(always)]
+            fn d(&self) -> &[u16; PANEL] {
+                &self.d
+            }
+            #[inline(always)]
+            fn codes(&self, _: usize) -> Codes<'_> {
+                let $this = self;
+                $codes
+            }
+            #[inline(always)]
+            fn scales(&self, _: usize) -> Scales<'_> {
+                Scales::One
+            }
+            #[inline(always)]
+            fn zero(&self, _: usize) -> Zero<'_> {
+                let $this = self;
+                let _ = $this;
+                $zero
+            }
+            #[inline]
+            fn set_lane(&mut self, $lane: usize, $source: &[u8]) {
+                let $this = self;
+                $this.d[$lane] = u16_at($source, 0);
+                $set
+            }
+        }
+    };
+}
+
+block!(Q4_0, Q4_0x16 { q: [Word; 4] }
+    |this| codes: Codes::Four(&this.q), zero: Zero::Code(8);
+    |lane, source| { set_words(&mut this.q, lane, &source[2..], 0) });
+
+block!(Q4_1, Q4_1x16 { m: [u16; PANEL], q: [Word; 4] }
+|this| codes: Codes::Four(&this.q), zero: Zero::Add(&this.m);
+|lane, source| {
+    this.m[lane] = u16_at(source, 2);
+    set_words(&mut this.q, lane, &source[4..], 0);
+});
+
+block!(Q5_0, Q5_0x16 { q: [Word; 4], high: Word }
+|this| codes: Codes::Five(&this.q, &this.high), zero: Zero::Code(16);
+|lane, source| {
+    set_high(&mut this.high, lane, &source[2..6]);
+    set_words(&mut this.q, lane, &source[6..], 0);
+});
+
+block!(Q5_1, Q5_1x16 { m: [u16; PANEL], q: [Word; 4], high: Word }
+|this| codes: Codes::Five(&this.q, &this.high), zero: Zero::Add(&this.m);
+|lane, source| {
+    this.m[lane] = u16_at(source, 2);
+    set_high(&mut this.high, lane, &source[4..8]);
+    set_words(&mut this.q, lane, &source[8..], 0);
+});
+
+block!(Q8_0, Q8_0x16 { q: [Word; 8] }
+    |this| codes: Codes::Eight(&this.q), zero: Zero::Code(128);
+    |lane, source| { set_words(&mut this.q, lane, &source[2..], 0x80) });
+
+block!(Iq4Nl, Iq4Nlx16 { q: [Word; 4] }
+    |this| codes: Codes::Table(&this.q), zero: Zero::Code(128);
+    |lane, source| { set_words(&mut this.q, lane, &source[2..], 0) });
+
+/// Writes the upper bits of a row: bit `4j + c` of the file's four bytes becomes bit `j` of byte `c`.
+#[inline(always)]
+fn set_high(word: &mut Word, lane: usize, bits: &[u8]) {
+    let bits = u32::from_le_bytes([bits[0], bits[1], bits[2], bits[3]]);
+    let bytes = [0, 1, 2, 3].map(|c| {
+        // Every fourth bit, moved together: in pairs, fours, eights.
+        let ones = bits >> c & 0x1111_1111;
+        let twos = (ones | ones >> 3) & 0x0303_0303;
+        let fours = (twos | twos >> 6) & 0x000f_000f;
+        (fours | fours >> 12) as u8
+    });
+    set_group(word, lane, u32::from_ne_bytes(bytes));
+}
+
+/// The unsigned quants of a block.
+#[derive(Clone, Copy)]
+pub(crate) enum Quants<'a> {
+    /// 4 bits each.
+    Nibbles(&'a [Word; 4]),
+    /// 8 bits each.
+    Bytes(&'a [Word; 8]),
+}
+
+/// What is added to `d * q`, per row.
+#[derive(Clone, Copy)]
+pub(crate) enum Offset<'a> {
+    /// A value of its own, as f16.
+    Each(&'a [u16; PANEL]),
+    /// This many times `d`.
+    Scales(f32),
+}
+
+/// A block of a packed panel: `weight = d * q + offset`, with unsigned `q`.
+pub(crate) trait PanelBlock: Plain {
+    /// Bits of a quant: 4 or 8.
+    const BITS: usize;
+
+    /// Scales of the 16 rows, as f16.
+    fn scales(&self) -> &[u16; PANEL];
+    /// Offsets of the 16 rows.
+    fn offset(&self) -> Offset<'_>;
+    /// Quants of the 16 rows.
+    fn quants(&self) -> Quants<'_>;
+}
+
+impl PanelBlock for Q4_0x16 {
+    const BITS: usize = 4;
+
+    #[inline(always)]
+    fn scales(&self) -> &[u16; PANEL] {
+        &self.d
+    }
+    #[inline(always)]
+    fn offset(&self) -> Offset<'_> {
+        Offset::Scales(-8.0)
+    }
+    #[inline(always)]
+    fn quants(&self) -> Quants<'_> {
+        Quants::Nibbles(&self.q)
+    }
+}
+
+impl PanelBlock for Q4_1x16 {
+    const BITS: usize = 4;
+
+    #[inline(always)]
+    fn scales(&self) -> &[u16; PANEL] {
+        &self.d
+    }
+    #[inline(always)]
+    fn offset(&self) -> Offset<'_> {
+        Offset::Each(&self.m)
+    }
+    #[inline(always)]
+    fn quants(&self) -> Quants<'_> {
+        Quants::Nibbles(&self.q)
+    }
+}
+
+impl PanelBlock for Q8_0x16 {
+    const BITS: usize = 8;
+
+    #[inline(always)]
+    fn scales(&self) -> &[u16; PANEL] {
+        &self.d
+    }
+    #[inline(always)]
+    fn offset(&self) -> Offset<'_> {
+        Offset::Scales(-128.0)
+    }
+    #[inline(always)]
+    fn quants(&self) -> Quants<'_> {
+        Quants::Bytes(&self.q)
+    }
+}

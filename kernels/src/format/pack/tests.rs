@@ -1,0 +1,58 @@
+//! Tests of packed panels: what goes in comes out, to the bit.
+
+use super::*;
+use crate::format::ggml::dequantise_row;
+use crate::memory::Arena;
+
+#[test]
+fn panels_hold_what_files_say() {
+    for ty in WeightType::ALL {
+        let block = ty.block_len().max(32);
+        for (rows, cols) in [(16, block), (16, 3 * block), (5, 2 * block), (1, block)] {
+            let row_bytes = ty.row_bytes(cols).unwrap();
+            // Any bytes make blocks; two bits of each byte are kept low so that no float is NaN or infinite.
+            let file: Vec<u8> = (0..rows * row_bytes).map(|i| ((i * 167 + i / 7) % 251) as u8 & 0xbb).collect();
+            let mut panel = Arena::<u8>::zeroed(panel_bytes(ty, cols).unwrap(), "test").unwrap();
+            pack_panel(ty, cols, &file, &mut panel);
+            let (mut expected, mut got) = (vec![0.0; cols], vec![1.0; cols]);
+            for lane in 0..PANEL {
+                panel_row(ty, &panel, lane, &mut got);
+                if lane < rows {
+                    dequantise_row(ty, &file[lane * row_bytes..][..row_bytes], &mut expected);
+                } else {
+                    expected.fill(0.0);
+                }
+                assert_eq!(expected, got, "{} {rows} x {cols}, row {lane}", ty.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn every_bit_of_a_code_reaches_its_place() {
+    for ty in WeightType::ALL.into_iter().filter(|ty| !ty.is_float()) {
+        let (cols, bytes) = (ty.block_len(), ty.block_bytes());
+        for bit in 0..bytes * 8 {
+            let mut file = vec![0; bytes];
+            // Scales that are not zero wherever the format has them, then one bit flipped.
+            file.fill(0x11);
+            file[bit / 8] ^= 1 << (bit % 8);
+            let mut panel = Arena::<u8>::zeroed(panel_bytes(ty, cols).unwrap(), "test").unwrap();
+            pack_panel(ty, cols, &file, &mut panel);
+            let (mut expected, mut got) = (vec![0.0; cols], vec![1.0; cols]);
+            dequantise_row(ty, &file, &mut expected);
+            panel_row(ty, &panel, 0, &mut got);
+            assert_eq!(expected, got, "{} bit {bit}", ty.name());
+        }
+    }
+}
+
+#[test]
+fn packed_matrices_are_little_larger_than_their_files() {
+    for ty in WeightType::ALL {
+        let (file, packed) = (ty.row_bytes(512).unwrap() * 32, ty.packed_bytes(32, 512).unwrap());
+        assert!(packed >= file && packed * 100 <= file * 104, "{}: {packed} of {file}", ty.name());
+        assert_eq!(ty.packed_bytes(17, 512), Some(packed));
+    }
+    assert_eq!(WeightType::Q4K.packed_bytes(16, 32), None);
+}
