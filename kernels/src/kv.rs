@@ -1,7 +1,7 @@
 //! The paged key/value pool: how blocks are named, shaped and addressed.
 //!
 //! ```text
-//!   pool    [layer][block]                      one (layer, block) is contiguous
+//!   pool    [block][layer]                      one (block, layer) is contiguous
 //!   block   [kv head][ K: group of 16 positions x dim x 16 | V: position x dim ]     f16
 //! ```
 //!
@@ -30,6 +30,17 @@ impl KvLayout {
     /// f16 values of one block in one layer.
     pub fn block_elements(&self) -> usize {
         2 * self.kv_heads * self.head_dim * BLOCK_SIZE
+    }
+
+    /// Where a block of a layer starts, in f16 values. All layers of a block lie together, so that a pool of which few
+    /// blocks were ever used holds few pages.
+    pub fn offset(&self, block: BlockId, layer: usize) -> usize {
+        (block.0 as usize * self.layers + layer) * self.block_elements()
+    }
+
+    /// Blocks in a pool of this many f16 values.
+    pub fn blocks_in(&self, values: usize) -> usize {
+        values / (self.layers * self.block_elements()).max(1)
     }
 
     /// Bytes of one block over all layers.

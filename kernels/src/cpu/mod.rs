@@ -77,8 +77,6 @@ impl Buffer {
 /// A paged key/value pool.
 struct KvPool {
     layout: KvLayout,
-    /// f16 values of one layer.
-    layer_len: usize,
     values: Arena<u16>,
     /// Index of the attention scratch for heads of this size.
     scratch: usize,
@@ -232,11 +230,11 @@ impl Backend for CpuBackend {
     }
 
     fn alloc_kv(&mut self, layout: KvLayout, num_blocks: usize) -> Result<KvId> {
-        let layer_len = layout.block_elements().saturating_mul(num_blocks);
-        let values = Arena::zeroed(layer_len.saturating_mul(layout.layers), "the key/value pool")?;
+        let block = layout.block_elements().saturating_mul(layout.layers);
+        let values = Arena::zeroed(block.saturating_mul(num_blocks), "the key/value pool")?;
         self.attention.push(AttentionScratch::new(self.machine.pool.threads(), layout.head_dim)?);
         let id = KvId(next_id(&self.pools));
-        self.pools.push(KvPool { layout, layer_len, values, scratch: self.attention.len() - 1 });
+        self.pools.push(KvPool { layout, values, scratch: self.attention.len() - 1 });
         Ok(id)
     }
 
@@ -374,12 +372,12 @@ impl Backend for CpuBackend {
             query_scale: op.query_scale,
             qk_norm: op.qk_norm.map(|(q, k, eps)| (vector(q), vector(k), eps)),
             layout: pool.layout,
+            layer: op.layer,
             spans: op.spans,
             block_table: op.block_table,
         };
-        let kv = &mut pool.values[op.layer * pool.layer_len..][..pool.layer_len];
-        let Machine { pool, isa, .. } = &mut self.machine;
-        rope::rope_store(pool, *isa, &mut self.store_scratch, &store, &mut qkv.values, kv)
+        let Machine { pool: workers, isa, .. } = &mut self.machine;
+        rope::rope_store(workers, *isa, &mut self.store_scratch, &store, &mut qkv.values, &mut pool.values)
     }
 
     fn attention(&mut self, op: Attention<'_>) -> Result<()> {
@@ -393,14 +391,14 @@ impl Backend for CpuBackend {
         let act = &mut self.acts[op.out.0 as usize];
         check_cols(OP, cols, act.cols)?;
         let rows = op.spans.iter().map(|span| span.row0 as usize + span.rows as usize).max().unwrap_or(0);
-        let kv = &pool.values[op.layer * pool.layer_len..][..pool.layer_len];
         let attention = AttentionOp {
             qkv: &qkv.values,
             shape: op.shape,
             softcap: op.softcap,
             window: op.window,
-            kv,
+            kv: &pool.values,
             layout: pool.layout,
+            layer: op.layer,
             spans: op.spans,
             block_table: op.block_table,
         };

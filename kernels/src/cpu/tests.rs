@@ -246,7 +246,7 @@ fn layer(backend: &mut CpuBackend, order: &[usize]) -> Vec<Vec<f32>> {
     let norm = backend.load_vector(&vec![0.5; hidden]).unwrap();
     let frequencies: Vec<f64> = (0..16).map(|i| 0.5f64.powi(i)).collect();
     let rope = backend.load_rope(&frequencies, 1.0, 64).unwrap();
-    let layout = KvLayout { layers: 1, kv_heads: 2, head_dim: 32 };
+    let layout = KvLayout { layers: 3, kv_heads: 2, head_dim: 32 };
     let kv = backend.alloc_kv(layout, rows).unwrap();
     let x = backend.alloc_buffer(rows, hidden).unwrap();
     let qkv = backend.alloc_buffer(rows, shape.qkv_cols()).unwrap();
@@ -262,7 +262,7 @@ fn layer(backend: &mut CpuBackend, order: &[usize]) -> Vec<Vec<f32>> {
     backend.linear(act, rows, qkv_w, Epilogue::Store, qkv).unwrap();
     let pairs = RopePairs::Interleaved;
     let (query_scale, qk_norm) = (0.17, None);
-    let store = RopeStore { qkv, shape, rope, pairs, query_scale, qk_norm, kv, layer: 0, spans, block_table };
+    let store = RopeStore { qkv, shape, rope, pairs, query_scale, qk_norm, kv, layer: 2, spans, block_table };
     backend.rope_store(store).unwrap();
     let attention = Attention {
         qkv,
@@ -270,7 +270,7 @@ fn layer(backend: &mut CpuBackend, order: &[usize]) -> Vec<Vec<f32>> {
         softcap: None,
         window: None,
         kv,
-        layer: 0,
+        layer: 2,
         spans,
         block_table,
         out: act,

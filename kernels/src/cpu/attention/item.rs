@@ -134,9 +134,9 @@ impl Kernel for RunItem<'_> {
         let sequence = Sequence {
             blocks: op.kv.as_chunks().0,
             table: views.spans.table(&op.spans[item.rows.span]),
-            kv_heads: op.shape.kv_heads,
+            layout: op.layout,
+            layer: op.layer,
             kv_head: item.rows.kv_head,
-            head_dim,
         };
         let mut start = item.start;
         Tile { op, sequence: &sequence, rows: &item.rows, start, end: item.end }.each_chunk(s, Phase::Queries, work);

@@ -55,8 +55,10 @@ pub(crate) struct AttentionOp<'a> {
     pub(crate) softcap: Option<f32>,
     /// A position sees itself and the `window - 1` before it, when set.
     pub(crate) window: Option<usize>,
-    /// The blocks of one layer.
+    /// All blocks of the pool.
     pub(crate) kv: &'a [u16],
+    /// Layer within them.
+    pub(crate) layer: usize,
     /// Shape of the pool.
     pub(crate) layout: KvLayout,
     /// Sequences, in row order.
@@ -132,7 +134,7 @@ pub(crate) fn attention(
         return refuse(format!("an output of {cols} columns"), out.cols().to_string());
     }
     let rows = (op.qkv.len() / op.shape.qkv_cols()).min(out.rows());
-    let blocks = op.kv.len() / op.layout.block_elements();
+    let blocks = op.layout.blocks_in(op.kv.len());
     let spans = Spans::check(OP, op.spans, op.block_table, blocks, rows)?;
 
     let AttentionScratch { plan, workers, slots, staged, .. } = scratch;

@@ -55,6 +55,7 @@ impl World {
             window: self.window,
             kv: &self.kv,
             layout: self.layout(),
+            layer: 0,
             spans: &self.spans,
             block_table: &self.table,
         }

@@ -7,7 +7,7 @@ use super::item::Work;
 use super::plan::Rows;
 use super::{AttentionOp, TILE};
 use crate::cpu::simd::{Kernel, LANES, Simd, prefetch};
-use crate::kv::{BLOCK_SIZE, BlockId};
+use crate::kv::{BLOCK_SIZE, BlockId, KvLayout};
 
 /// Scores are kept in units of ln 2, because powers of two are the cheapest: `e^score = 2^(score * log2 e)`.
 const UNIT: f32 = std::f32::consts::LOG2_E;
@@ -17,21 +17,21 @@ type Halves = [u16; LANES];
 
 /// Keys and values of one head of one sequence.
 pub(super) struct Sequence<'a> {
-    /// All blocks of the layer.
+    /// All blocks of the pool.
     pub(super) blocks: &'a [Halves],
     pub(super) table: &'a [BlockId],
-    pub(super) kv_heads: usize,
+    pub(super) layout: KvLayout,
+    pub(super) layer: usize,
     pub(super) kv_head: usize,
-    pub(super) head_dim: usize,
 }
 
 impl<'a> Sequence<'a> {
     /// Keys `[2 groups][dim]` and values `[position][dim / 16]` of the block at `position`.
     #[inline(always)]
     fn block(&self, position: usize) -> (&'a [Halves], &'a [Halves]) {
-        let half = self.head_dim * (BLOCK_SIZE / LANES);
-        let block = self.table[position / BLOCK_SIZE].0 as usize;
-        self.blocks[(block * self.kv_heads + self.kv_head) * 2 * half..][..2 * half].split_at(half)
+        let half = self.layout.head_dim * (BLOCK_SIZE / LANES);
+        let block = self.layout.offset(self.table[position / BLOCK_SIZE], self.layer) / LANES;
+        self.blocks[block + self.kv_head * 2 * half..][..2 * half].split_at(half)
     }
 }
 
@@ -129,7 +129,7 @@ impl Chunk<'_> {
                 s.outlined(Softmax { chunk: self, groups, all_seen, p, m, l, alpha });
             }
             Phase::Sums => {
-                let width = self.tile.sequence.head_dim / LANES;
+                let width = self.tile.sequence.layout.head_dim / LANES;
                 let o = &mut work.o[self.first * width..][..R * width];
                 s.outlined(Sums { chunk: self, positions, p, alpha, o });
             }
@@ -163,7 +163,7 @@ impl Chunk<'_> {
     #[inline(always)]
     fn next_keys(&self, at: usize) -> &[Halves] {
         let next = self.tile.start + TILE;
-        let in_block = self.tile.sequence.head_dim * (BLOCK_SIZE / LANES);
+        let in_block = self.tile.sequence.layout.head_dim * (BLOCK_SIZE / LANES);
         let position = next + at / in_block * BLOCK_SIZE;
         let position = if position < self.tile.end { position } else { self.tile.start };
         &self.tile.sequence.block(position).0[at % in_block..]
@@ -184,7 +184,7 @@ impl<const R: usize> Kernel for Scores<'_, R> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let Self { chunk: &Chunk { tile, first }, queries, groups, p } = self;
-        let dim = tile.sequence.head_dim;
+        let dim = tile.sequence.layout.head_dim;
         let queries = queries[first * dim..][..R * dim].as_chunks::<R>().0;
         let mut group = 0;
         while group < groups {
@@ -281,7 +281,7 @@ impl<const R: usize> Kernel for Sums<'_, R> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
-        let width = self.chunk.tile.sequence.head_dim / LANES;
+        let width = self.chunk.tile.sequence.layout.head_dim / LANES;
         let mut column = 0;
         if two_columns::<S, R>() {
             while column + 2 <= width {
@@ -303,7 +303,7 @@ impl<const R: usize> Sums<'_, R> {
     fn columns<S: Simd, const C: usize>(&mut self, s: S, column: usize) {
         let Self { chunk, positions, p, alpha, ref mut o } = *self;
         let tile = chunk.tile;
-        let width = tile.sequence.head_dim / LANES;
+        let width = tile.sequence.layout.head_dim / LANES;
         let mut sums = [[s.splat(0.0); R]; C];
         for c in 0..C {
             for r in 0..R {

@@ -90,6 +90,8 @@ pub(crate) struct RopeStoreOp<'a> {
     pub(crate) qk_norm: Option<(&'a [f32], &'a [f32], f32)>,
     /// Shape of the pool.
     pub(crate) layout: KvLayout,
+    /// Layer within the pool.
+    pub(crate) layer: usize,
     /// Sequences, in row order.
     pub(crate) spans: &'a [SeqSpan],
     /// Block tables of all spans.
@@ -119,7 +121,7 @@ struct Piece {
 const ROWS_PER_CHUNK: usize = 16;
 
 /// Turns queries and keys of all rows of `qkv` (`[rows, qkv_cols]`), leaves the queries there, and writes keys and
-/// values to their places in `kv`, the blocks of one layer.
+/// values to their places in `kv`, the blocks of the pool.
 ///
 /// # Errors
 /// [`Error::Shape`] when rows, positions or blocks do not fit, or two sequences would write one block.
@@ -136,7 +138,7 @@ pub(crate) fn rope_store(
     let refuse = |expected: String, got: String| Err(Error::Shape { op: OP, expected, got });
     check_heads(OP, op.shape, op.layout)?;
     let (cols, block_len) = (op.shape.qkv_cols(), op.layout.block_elements());
-    let spans = Spans::check(OP, op.spans, op.block_table, kv.len() / block_len, qkv.len() / cols)?;
+    let spans = Spans::check(OP, op.spans, op.block_table, op.layout.blocks_in(kv.len()), qkv.len() / cols)?;
     if 2 * op.rope.pairs > head_dim {
         return refuse(format!("at most {head_dim} rotary dimensions"), (2 * op.rope.pairs).to_string());
     }
@@ -148,7 +150,7 @@ pub(crate) fn rope_store(
     {
         return refuse(format!("norm weights of {head_dim} values"), format!("{} and {}", q.len(), k.len()));
     }
-    scratch.plan(&spans, kv.len() / block_len)?;
+    scratch.plan(&spans, op.layout.blocks_in(kv.len()))?;
 
     let StoreScratch { pieces, chunks, .. } = scratch;
     let (qkv, kv) = (SharedMut::new(qkv), SharedMut::new(kv));
@@ -158,7 +160,7 @@ pub(crate) fn rope_store(
             // SAFETY: `Spans::check` saw that rows of spans do not overlap, and pieces of a span have rows of their own.
             let rows = unsafe { qkv.part(piece.row0 * cols, piece.rows * cols) };
             // SAFETY: `plan` refused any block that occurs in two pieces.
-            let block = unsafe { kv.part(piece.block.0 as usize * block_len, block_len) };
+            let block = unsafe { kv.part(op.layout.offset(piece.block, op.layer), block_len) };
             for (i, row) in rows.chunks_exact_mut(cols).enumerate() {
                 let position = piece.pos0 + i;
                 let (queries, rest) = row.split_at_mut(heads * head_dim);

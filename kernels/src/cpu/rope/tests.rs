@@ -53,6 +53,7 @@ impl World {
             query_scale: QUERY_SCALE,
             qk_norm: self.norm.as_ref().map(|(q, k)| (&q[..], &k[..], 1e-6)),
             layout: self.layout(),
+            layer: 0,
             spans: &self.spans,
             block_table: &self.table,
         };
