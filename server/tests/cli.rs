@@ -1,5 +1,9 @@
 //! The built binary as a shell sees it: output, messages and exit codes, on a tiny random model.
 
+#[cfg(unix)]
+#[path = "cli/compare.rs"]
+mod compare;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};

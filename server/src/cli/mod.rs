@@ -6,6 +6,7 @@
 //! ```
 
 mod bench;
+mod compare;
 mod date;
 mod engine_args;
 mod error;

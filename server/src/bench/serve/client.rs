@@ -144,6 +144,14 @@ impl Client {
         answer.json().await
     }
 
+    /// `GET path`, whatever the answer's body is.
+    ///
+    /// # Errors
+    /// Every [`ClientError`].
+    pub(super) async fn get(&self, path: &str) -> Result<Bytes, ClientError> {
+        self.send(Method::GET, path, Bytes::new()).await?.whole().await
+    }
+
     /// `POST path` with a JSON body, the answer as JSON.
     ///
     /// # Errors

@@ -5,16 +5,14 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
+use super::report::{Metric, Report, Selection};
+use super::*;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use serde_json::json;
-
-use super::report::{Metric, Report, Selection};
-use super::*;
 
 /// What the stand-in does wrong, and what it has seen.
 #[derive(Default)]
