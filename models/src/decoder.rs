@@ -10,7 +10,6 @@
 
 use cupola_kernels::{
     ActId, Attention, Backend, BufferId, Epilogue, KvId, LinearId, PartOrder, RopeId, RopeStore, Rows, VectorId,
-    kv::BLOCK_SIZE,
 };
 
 use crate::spec::TensorNames;
@@ -416,9 +415,4 @@ impl Loader<'_> {
             what: format!("tensor {name} has shape {got}, the model's metadata say {expected}"),
         }
     }
-}
-
-/// Blocks that hold `tokens` tokens.
-pub fn blocks_for(tokens: usize) -> usize {
-    tokens.div_ceil(BLOCK_SIZE)
 }

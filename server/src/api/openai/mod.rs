@@ -12,4 +12,5 @@ pub(crate) mod models;
 pub(crate) mod params;
 pub(crate) mod prompt;
 pub(crate) mod request;
+mod streamed;
 pub(crate) mod wire;
