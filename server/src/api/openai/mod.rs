@@ -7,6 +7,7 @@
 
 pub(crate) mod chat;
 pub(crate) mod completions;
+mod guard;
 pub(crate) mod logprobs;
 pub(crate) mod models;
 pub(crate) mod params;
