@@ -20,7 +20,7 @@ use crate::listen::Signals;
 #[derive(Subcommand, Debug)]
 pub(crate) enum CompareCommand {
     /// The decoder alone, in turn with llama-bench and llama-batched-bench
-    Kernel(KernelArgs),
+    Kernel(Box<KernelArgs>),
     /// Servers under the same load, in turn with llama-server, vllm serve or any OpenAI-compatible server
     Serve(Box<ServeArgs>),
 }
