@@ -97,18 +97,19 @@ impl IntDot for Avx2 {
 fn unpacked_panel<B: PanelBlock, const P: usize>(panel: &[B], rows: Group<'_>, scratch: &mut [u8], out: &mut [Lanes]) {
     let scratch = &mut scratch[..size_of_val(panel) / size_of::<B>() * size_of::<Planes<P>>()];
     for (block, planes) in panel.iter().zip(cast_mut::<Planes<P>>(scratch)) {
-        // The next panel arrives while this one is multiplied.
-        prefetch_block(std::ptr::from_ref(block).wrapping_add(panel.len()));
         unpack(block, planes);
     }
     let planes = cast::<Planes<P>>(scratch);
+    // The next panel arrives while this one is multiplied with the first tile.
+    let mut next = Some(panel.as_ptr_range().end);
     for tile in rows.tiles() {
         let out = &mut out[tile.row - rows.first..][..tile.len];
         match tile.len {
-            4 => unpacked_tile::<P, 4>(planes, rows.quants(tile), rows.scales(tile), exact(out)),
-            2 => unpacked_tile::<P, 2>(planes, rows.quants(tile), rows.scales(tile), exact(out)),
-            _ => unpacked_tile::<P, 1>(planes, rows.quants(tile), rows.scales(tile), exact(out)),
+            4 => unpacked_tile::<B, P, 4>(planes, rows.quants(tile), rows.scales(tile), (exact(out), next)),
+            2 => unpacked_tile::<B, P, 2>(planes, rows.quants(tile), rows.scales(tile), (exact(out), next)),
+            _ => unpacked_tile::<B, P, 1>(planes, rows.quants(tile), rows.scales(tile), (exact(out), next)),
         }
+        next = None;
     }
 }
 
@@ -143,14 +144,17 @@ fn unpack<B: PanelBlock, const P: usize>(block: &B, out: &mut Planes<P>) {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn unpacked_tile<const P: usize, const N: usize>(
+fn unpacked_tile<B, const P: usize, const N: usize>(
     panel: &[Planes<P>],
     quants: &[TileQuants<N>],
     scales: &[TileScales<N>],
-    out: &mut [Lanes; N],
+    (out, next): (&mut [Lanes; N], Option<*const B>),
 ) {
     let mut acc = [[_mm256_setzero_ps(); 2]; N];
-    for ((block, x), [d_x, s_x]) in panel.iter().zip(quants).zip(scales) {
+    for (i, ((block, x), [d_x, s_x])) in panel.iter().zip(quants).zip(scales).enumerate() {
+        if let Some(next) = next {
+            prefetch_block(next.wrapping_add(i));
+        }
         let mut sums = [[_mm256_setzero_si256(); 2]; N];
         if P == 1 {
             each_word!(j => {
