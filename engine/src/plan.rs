@@ -12,7 +12,7 @@
 use std::fmt;
 
 use cupola_kernels::KvLayout;
-use cupola_kernels::kv::BLOCK_SIZE;
+use cupola_kernels::kv::{BLOCK_SIZE, blocks_for};
 use cupola_models::{DecoderLimits, Model};
 
 use crate::memory::available_memory;
@@ -102,7 +102,7 @@ pub fn plan_memory(facts: &ModelFacts, config: &EngineConfig, available: Option<
         });
     }
     let wanted_len = asked_len.unwrap_or(facts.max_positions);
-    let one_sequence = blocks_for(wanted_len) * block;
+    let one_sequence = blocks_for(wanted_len) as u64 * block;
     let kv_budget = match config.kv_cache_bytes {
         Some(asked) if asked > left => {
             return Err(Error::Memory {
@@ -142,10 +142,6 @@ pub fn plan_memory(facts: &ModelFacts, config: &EngineConfig, available: Option<
         max_model_len: wanted_len.min(kv_tokens),
         available_bytes: available,
     })
-}
-
-fn blocks_for(tokens: usize) -> u64 {
-    tokens.div_ceil(BLOCK_SIZE) as u64
 }
 
 impl fmt::Display for MemoryPlan {

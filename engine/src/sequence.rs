@@ -62,11 +62,6 @@ impl Sequence {
         self.tokens.len() - self.prompt_len
     }
 
-    /// Blocks that `tokens` tokens fill or touch.
-    pub(crate) fn blocks_for(tokens: usize) -> usize {
-        tokens.div_ceil(BLOCK_SIZE)
-    }
-
     /// Tokens of the `i`-th block, which must be whole.
     pub(crate) fn block_tokens(&self, i: usize) -> &[u32] {
         &self.tokens[i * BLOCK_SIZE..(i + 1) * BLOCK_SIZE]

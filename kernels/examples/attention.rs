@@ -9,7 +9,7 @@
 use std::time::{Duration, Instant};
 
 use cupola_kernels::cpu::{CpuBackend, CpuConfig, default_threads};
-use cupola_kernels::kv::BLOCK_SIZE;
+use cupola_kernels::kv::blocks_for;
 use cupola_kernels::{
     ActId, Attention, Backend, BlockId, BufferId, HeadShape, KvId, KvLayout, LinearId, PartOrder, Result, RopeId,
     RopePairs, RopeStore, SeqSpan, WeightPart, WeightType,
@@ -91,7 +91,7 @@ impl Step {
         let mut backend = CpuBackend::new(config)?;
         let (mut spans, mut rows, mut blocks) = (Vec::new(), 0, 0);
         for &(pos0, count) in sequences {
-            let table_len = (pos0 + count).div_ceil(BLOCK_SIZE);
+            let table_len = blocks_for(pos0 + count);
             let [row0, count32, pos0, table0, table_len32] = [rows, count, pos0, blocks, table_len].map(|n| n as u32);
             spans.push(SeqSpan { row0, rows: count32, pos0, table0, table_len: table_len32 });
             (rows, blocks) = (rows + count, blocks + table_len);

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use cupola_kernels::cpu::{CpuBackend, CpuConfig, default_threads};
-use cupola_kernels::kv::BLOCK_SIZE;
+use cupola_kernels::kv::blocks_for;
 use cupola_kernels::{
     Attention, Backend, BlockId, Epilogue, GateFn, HeadShape, KvLayout, LinearId, PartOrder, Result, RopePairs,
     RopeStore, Rows, SeqSpan, WeightPart, WeightType,
@@ -89,7 +89,7 @@ fn step(backend: &mut CpuBackend, rows: usize, batch: usize, context: usize) -> 
     let act = backend.alloc_act(rows, HIDDEN)?;
     let hidden = backend.alloc_act(rows, FFN)?;
     let each = rows / batch;
-    let blocks = (context + each).div_ceil(BLOCK_SIZE);
+    let blocks = blocks_for(context + each);
     let kv = backend.alloc_kv(KvLayout { layers: LAYERS, kv_heads: 3, head_dim: 64 }, blocks * batch)?;
     let spans: Vec<_> = (0..batch)
         .map(|i| SeqSpan {

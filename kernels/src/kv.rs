@@ -15,6 +15,11 @@ pub struct BlockId(pub u32);
 /// Positions in one block. A block is the unit of allocation and of prefix reuse.
 pub const BLOCK_SIZE: usize = 32;
 
+/// Blocks that `tokens` tokens fill or touch.
+pub const fn blocks_for(tokens: usize) -> usize {
+    tokens.div_ceil(BLOCK_SIZE)
+}
+
 /// Shape of a key/value pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvLayout {
@@ -70,6 +75,6 @@ pub struct SeqSpan {
     pub pos0: u32,
     /// Where this sequence's blocks start in the batch's block table.
     pub table0: u32,
-    /// Blocks in its table: at least `(pos0 + rows).div_ceil(BLOCK_SIZE)`.
+    /// Blocks in its table: at least `blocks_for(pos0 + rows)`.
     pub table_len: u32,
 }

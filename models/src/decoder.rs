@@ -10,7 +10,7 @@
 
 use cupola_kernels::{
     ActId, Attention, Backend, BlockId, BufferId, Epilogue, KvId, LinearId, PartOrder, RopeId, RopeStore, Rows,
-    SeqSpan, VectorId, kv::BLOCK_SIZE,
+    SeqSpan, VectorId,
 };
 
 use crate::last_rows::LastRows;
@@ -442,9 +442,4 @@ impl Loader<'_> {
             what: format!("tensor {name} has shape {got}, the model's metadata say {expected}"),
         }
     }
-}
-
-/// Blocks that hold `tokens` tokens.
-pub fn blocks_for(tokens: usize) -> usize {
-    tokens.div_ceil(BLOCK_SIZE)
 }

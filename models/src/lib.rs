@@ -31,5 +31,5 @@ pub use error::{Error, Result};
 pub use model::{GenerationDefaults, Model, ModelInfo};
 pub use spec::DecoderSpec;
 pub use template::ChatTemplate;
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{Part, Tokenizer};
 pub use weights::Weights;

@@ -192,20 +192,20 @@ async fn until(done: impl Fn() -> bool) {
 }
 
 /// SIGINT and SIGTERM; on other systems Ctrl-C.
-struct Signals {
+pub(crate) struct Signals {
     #[cfg(unix)]
     kinds: [tokio::signal::unix::Signal; 2],
 }
 
 impl Signals {
     #[cfg(unix)]
-    fn listen() -> io::Result<Self> {
+    pub(crate) fn listen() -> io::Result<Self> {
         use tokio::signal::unix::{SignalKind, signal};
         Ok(Self { kinds: [signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?] })
     }
 
     #[cfg(unix)]
-    async fn next(&mut self) {
+    pub(crate) async fn next(&mut self) {
         let [interrupt, terminate] = &mut self.kinds;
         tokio::select! {
             _ = interrupt.recv() => {}
@@ -214,12 +214,12 @@ impl Signals {
     }
 
     #[cfg(not(unix))]
-    fn listen() -> io::Result<Self> {
+    pub(crate) fn listen() -> io::Result<Self> {
         Ok(Self {})
     }
 
     #[cfg(not(unix))]
-    async fn next(&mut self) {
+    pub(crate) async fn next(&mut self) {
         if tokio::signal::ctrl_c().await.is_err() {
             std::future::pending::<()>().await;
         }

@@ -1,5 +1,9 @@
 //! The built binary as a shell sees it: output, messages and exit codes, on a tiny random model.
 
+#[cfg(unix)]
+#[path = "cli/compare.rs"]
+mod compare;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -47,6 +51,7 @@ fn cupola(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_cupola"));
     command.args(args).stdin(Stdio::null()).env("CUPOLA_CACHE", scratch("cache")).env("HF_HUB_OFFLINE", "1");
     command
+        .env("HF_HUB_CACHE", scratch("hub"))
         .env("CUPOLA_PIP", "false")
         .env_remove("CUPOLA_API_KEY")
         .env_remove("OPENAI_API_KEY")

@@ -7,7 +7,8 @@ use std::sync::OnceLock;
 
 use cupola_kernels::BlockId;
 use cupola_kernels::cpu::{CpuBackend, CpuConfig};
-use cupola_models::decoder::{Decoder, DecoderLimits, blocks_for};
+use cupola_kernels::kv::blocks_for;
+use cupola_models::decoder::{Decoder, DecoderLimits};
 use cupola_models::hub::{Hub, Progress};
 use cupola_models::{Batch, Model};
 

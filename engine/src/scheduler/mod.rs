@@ -18,7 +18,7 @@
 use std::collections::VecDeque;
 
 use cupola_kernels::BlockId;
-use cupola_kernels::kv::BLOCK_SIZE;
+use cupola_kernels::kv::{BLOCK_SIZE, blocks_for};
 
 use crate::blocks::{Blocks, Found, KvReport};
 use crate::prefix::NodeId;
@@ -185,7 +185,7 @@ impl Scheduler {
         let mut promised: usize = self
             .running
             .iter()
-            .map(|sequence| Sequence::blocks_for(sequence.tokens.len()).saturating_sub(sequence.blocks.len()))
+            .map(|sequence| blocks_for(sequence.tokens.len()).saturating_sub(sequence.blocks.len()))
             .sum();
         let mut next = 0;
         while next < self.waiting.len() && self.running.len() < self.limits.max_seqs && *rows > 0 {
@@ -195,7 +195,7 @@ impl Scheduler {
                 continue;
             }
             let sequence = &self.waiting[next];
-            let missing = Sequence::blocks_for(sequence.tokens.len()) - hit.blocks.len();
+            let missing = blocks_for(sequence.tokens.len()) - hit.blocks.len();
             let revived = hit.blocks.iter().filter(|block| self.blocks.is_unused(**block)).count();
             if missing + revived + promised > self.blocks.available() {
                 break;
@@ -212,7 +212,7 @@ impl Scheduler {
             assert!(self.grow(index, len), "the blocks were counted");
             self.take(index, len, step, rows);
             let sequence = &self.running[index];
-            promised += Sequence::blocks_for(sequence.tokens.len()) - sequence.blocks.len();
+            promised += blocks_for(sequence.tokens.len()) - sequence.blocks.len();
         }
     }
 
@@ -242,7 +242,7 @@ impl Scheduler {
     /// missing.
     fn grow(&mut self, index: usize, len: usize) -> bool {
         let sequence = &mut self.running[index];
-        let missing = Sequence::blocks_for(sequence.computed + len).saturating_sub(sequence.blocks.len());
+        let missing = blocks_for(sequence.computed + len).saturating_sub(sequence.blocks.len());
         if missing > self.blocks.available() {
             return false;
         }
@@ -256,7 +256,7 @@ impl Scheduler {
         let sequence = &mut self.running[index];
         let (start, end) = (sequence.computed, sequence.computed + len);
         if sequence.sharing.write {
-            let touched = Sequence::blocks_for(end).min(sequence.tokens.len() / BLOCK_SIZE);
+            let touched = blocks_for(end).min(sequence.tokens.len() / BLOCK_SIZE);
             for i in sequence.chain.len()..touched {
                 let parent = sequence.parent(&sequence.chain);
                 let node = self.blocks.announce(parent, sequence.block_tokens(i), sequence.blocks[i]);
@@ -304,7 +304,7 @@ impl Scheduler {
     pub(crate) fn check(&self) -> Result<KvReport, String> {
         for sequence in &self.running {
             let (blocks, computed) = (sequence.blocks.len(), sequence.computed);
-            if blocks < Sequence::blocks_for(computed) || sequence.remaining() == 0 {
+            if blocks < blocks_for(computed) || sequence.remaining() == 0 {
                 return Err(format!(
                     "request {} has {blocks} blocks for {computed} of {} tokens",
                     sequence.slot,

@@ -16,47 +16,22 @@ pub(super) struct Known {
     pub(super) bytes: u64,
 }
 
-/// A file being written beside its place. Dropped unfinished, it stays for a later attempt to continue.
+/// A file being written beside its place. Dropped unfinished, it is written over by a later attempt.
 pub(super) struct Partial {
     path: PathBuf,
     file: File,
     hash: Sha256,
-    pub(super) len: u64,
+    len: u64,
 }
 
 impl Partial {
-    /// Starts a file, or takes up what an earlier attempt left.
-    pub(super) fn open(place: &Path) -> Fetched<Self> {
+    /// Starts a file, over what an earlier attempt may have left.
+    pub(super) fn create(place: &Path) -> Fetched<Self> {
         let mut path = place.as_os_str().to_owned();
         path.push(".part");
         let path = PathBuf::from(path);
-        let failed = |e: std::io::Error| format!("cannot write {}: {e}", path.display());
-        let mut file =
-            File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
-        let mut hash = Sha256::new();
-        // Reading to the end also leaves the position where writing goes on.
-        let len = std::io::copy(&mut file, &mut hash).map_err(failed)?;
-        Ok(Self { path, file, hash, len })
-    }
-
-    /// Gives up before anything came: an empty file is of no use to a later attempt.
-    pub(super) fn abandon(self) {
-        if self.len == 0 {
-            // Left behind, it is empty and will be written over.
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-
-    /// Forgets what is there.
-    pub(super) fn restart(&mut self) -> Fetched<()> {
-        use std::io::Seek as _;
-        let path = &self.path;
-        let failed = |e: std::io::Error| format!("cannot write {}: {e}", path.display());
-        self.file.set_len(0).map_err(failed)?;
-        self.file.rewind().map_err(failed)?;
-        self.hash = Sha256::new();
-        self.len = 0;
-        Ok(())
+        let file = File::create(&path).map_err(|e| format!("cannot write {}: {e}", path.display()))?;
+        Ok(Self { path, file, hash: Sha256::new(), len: 0 })
     }
 
     /// Appends all of `from`, at most `max` bytes in total.
@@ -83,20 +58,46 @@ impl Partial {
 
     /// Checks size and hash where known and moves the file to its place. A file that fails is removed.
     pub(super) fn finish(self, place: &Path, bytes: Option<u64>, sha256: Option<&str>) -> Fetched<()> {
-        let got: String = self.hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-        let wrong = match (bytes, sha256) {
-            (Some(bytes), _) if bytes != self.len => Some(format!("it has {} bytes, expected {bytes}", self.len)),
-            (_, Some(sha256)) if !sha256.eq_ignore_ascii_case(&got) => {
-                Some(format!("its SHA-256 is {got}, expected {sha256}"))
-            }
-            _ => None,
-        };
-        if let Some(wrong) = wrong {
+        if let Err(wrong) = compare((self.len, self.hash), bytes, sha256) {
             let _ = std::fs::remove_file(&self.path);
             return Err(wrong);
         }
         let failed = |e: std::io::Error| format!("cannot write {}: {e}", place.display());
         self.file.sync_all().map_err(failed)?;
         std::fs::rename(&self.path, place).map_err(failed)
+    }
+}
+
+/// Checks the size and hash of a file where known. Reading it through is reported as a step of its own.
+pub(super) fn check(path: &Path, bytes: Option<u64>, sha256: Option<&str>, progress: &dyn Progress) -> Fetched<()> {
+    let failed = |e: std::io::Error| format!("cannot read {}: {e}", path.display());
+    let mut file = File::open(path).map_err(failed)?;
+    let len = file.metadata().map_err(failed)?.len();
+    let mut hash = Sha256::new();
+    if sha256.is_some() && bytes.is_none_or(|bytes| bytes == len) {
+        progress.start("checking its SHA-256", Some(len));
+        let mut buffer = vec![0; 1 << 16];
+        loop {
+            match file.read(&mut buffer).map_err(failed)? {
+                0 => break,
+                n => {
+                    hash.update(&buffer[..n]);
+                    progress.advance(n as u64);
+                }
+            }
+        }
+        progress.finish();
+    }
+    compare((len, hash), bytes, sha256)
+}
+
+fn compare((len, hash): (u64, Sha256), bytes: Option<u64>, sha256: Option<&str>) -> Fetched<()> {
+    if let Some(bytes) = bytes.filter(|bytes| *bytes != len) {
+        return Err(format!("it has {len} bytes, expected {bytes}"));
+    }
+    let got: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    match sha256.filter(|sha256| !sha256.eq_ignore_ascii_case(&got)) {
+        Some(sha256) => Err(format!("its SHA-256 is {got}, expected {sha256}")),
+        None => Ok(()),
     }
 }

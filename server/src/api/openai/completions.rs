@@ -4,9 +4,7 @@ use std::sync::Arc;
 
 use axum::extract::{Extension, State};
 use axum::response::Response;
-use bytes::Bytes;
-use cupola_engine::request::{Event, Request, TokenLogprobs};
-use futures_util::stream;
+use cupola_engine::request::{Request, TokenLogprobs};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -15,11 +13,12 @@ use super::logprobs::{CompletionLogprobs, OffsetCounter};
 use super::params::{Params, Route};
 use super::prompt::check_context;
 use super::request::{GenerationRequest, Prompt};
+use super::streamed::{self, Dialect, Piece};
 use super::wire::{FINGERPRINT, TimingsBody, UsageBody, stop_reason};
 use crate::app::AppState;
 use crate::auth::Caller;
 use crate::error::ApiError;
-use crate::generation::{Answer, End, Generation, Places, Setting};
+use crate::generation::{Answer, Generation, Places, Setting};
 use crate::json::JsonBody;
 use crate::local::{LocalModel, unix_now};
 use crate::observe::RequestRecord;
@@ -85,8 +84,10 @@ pub(crate) async fn completions(
         prompts: prompts.collect(),
     };
     if answering.params.stream {
-        let completion = CompletionStream::new(answering, generation);
-        return Ok(sse::response(stream::unfold(completion, CompletionStream::step), app.config.sse_keep_alive));
+        let choices = answering.params.choices;
+        let progress = std::iter::repeat_with(Progress::default).take(answering.prompts.len() * choices).collect();
+        let chunks = CompletionChunks { answering, progress };
+        return Ok(streamed::response(chunks, generation, choices, app.config.sse_keep_alive));
     }
     let answers = generation.collect().await?;
     Ok(answering.whole(&answers))
@@ -222,67 +223,27 @@ struct Progress {
     prompt_logprobs: Vec<Option<TokenLogprobs>>,
 }
 
-/// A streamed answer on its way out.
-struct CompletionStream {
+/// Writes the chunks of a streamed answer.
+struct CompletionChunks {
     answering: Answering,
-    generation: Generation,
     progress: Vec<Progress>,
-    usage: UsageBody,
-    over: bool,
 }
 
-impl CompletionStream {
-    fn new(answering: Answering, generation: Generation) -> Self {
-        let choices = answering.prompts.len() * answering.params.choices;
-        let progress = std::iter::repeat_with(Progress::default).take(choices).collect();
-        Self { answering, generation, progress, usage: UsageBody::default(), over: false }
+impl Dialect for CompletionChunks {
+    fn prompt(&mut self, index: usize, logprobs: Vec<Option<TokenLogprobs>>) {
+        self.progress[index].prompt_logprobs = logprobs;
     }
 
-    /// The bytes for the next event, and itself to go on with.
-    async fn step(mut self) -> Option<(Bytes, Self)> {
-        if self.over {
-            return None;
-        }
-        let mut out = Vec::with_capacity(512);
-        match self.generation.next().await {
-            Some(Ok((choice, event))) => self.write(&mut out, choice, event),
-            Some(Err(error)) => self.end(&mut out, Some(&error)),
-            None => self.end(&mut out, None),
-        }
-        Some((out.into(), self))
-    }
-
-    fn write(&mut self, out: &mut Vec<u8>, index: usize, event: Event) {
-        match event {
-            Event::Prompt { logprobs } => self.progress[index].prompt_logprobs = logprobs,
-            Event::Tokens { tokens, text, logprobs } => {
-                self.progress[index].tokens += tokens.len();
-                self.chunk(out, index, Piece { tokens, text, logprobs, end: None });
-            }
-            Event::Finished { text, reason, stop, usage, timing } => {
-                self.progress[index].tokens = usage.completion_tokens;
-                self.usage.add(index, self.answering.params.choices, &usage);
-                match End::new(reason, stop, usage, timing) {
-                    Ok(end) => {
-                        self.chunk(
-                            out,
-                            index,
-                            Piece { tokens: Vec::new(), text, logprobs: Vec::new(), end: Some(end) },
-                        );
-                    }
-                    Err(error) => self.end(out, Some(&error)),
-                }
-            }
-            Event::Failed { message } => self.end(out, Some(&ApiError::Generation { message })),
-        }
-    }
-
-    fn chunk(&mut self, out: &mut Vec<u8>, index: usize, piece: Piece) {
+    fn piece(&mut self, out: &mut Vec<u8>, index: usize, piece: Piece) {
         let Self { answering, progress, .. } = self;
         let params = &answering.params;
         let prompt = answering.prompt(index);
         let progress = &mut progress[index];
         let first = !std::mem::replace(&mut progress.started, true);
+        progress.tokens = match &piece.end {
+            None => progress.tokens + piece.tokens.len(),
+            Some(end) => end.usage.completion_tokens,
+        };
         let before = std::mem::take(&mut progress.prompt_logprobs);
         let logprobs = params.logprobs.map(|_| {
             let mut lists = answering.prompt_logprobs(index, &before, &mut progress.offsets);
@@ -314,24 +275,11 @@ impl CompletionStream {
         push(out, answering, &[choice], usage, timings);
     }
 
-    fn end(&mut self, out: &mut Vec<u8>, error: Option<&ApiError>) {
-        self.over = true;
-        if let Some(error) = error {
-            return sse::push_error(out, error);
-        }
+    fn close(&mut self, out: &mut Vec<u8>, usage: UsageBody) {
         if self.answering.params.include_usage {
-            push(out, &self.answering, &[], Some(Some(self.usage)), None);
+            push(out, &self.answering, &[], Some(Some(usage)), None);
         }
-        sse::push_done(out);
     }
-}
-
-/// What one event adds to a choice.
-struct Piece {
-    tokens: Vec<u32>,
-    text: String,
-    logprobs: Vec<TokenLogprobs>,
-    end: Option<End>,
 }
 
 fn push(

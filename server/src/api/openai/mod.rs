@@ -7,9 +7,11 @@
 
 pub(crate) mod chat;
 pub(crate) mod completions;
+mod guard;
 pub(crate) mod logprobs;
 pub(crate) mod models;
 pub(crate) mod params;
 pub(crate) mod prompt;
 pub(crate) mod request;
+mod streamed;
 pub(crate) mod wire;

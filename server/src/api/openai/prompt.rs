@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use cupola_models::{ChatTemplate, Tokenizer};
+use cupola_models::ChatTemplate;
 use serde_json::{Map, Value, json};
 
+use super::guard::Hidden;
 use super::request::{Content, GenerationRequest, Message, Prompt};
 use crate::error::ApiError;
 use crate::local::LocalModel;
@@ -62,21 +63,23 @@ impl Chat {
     ///
     /// # Errors
     /// [`ApiError::Template`] or [`ApiError::Field`] when the template or the tokenizer refuses the text.
-    pub(crate) async fn tokens(self, template: &Arc<ChatTemplate>, model: &LocalModel) -> Result<Vec<u32>, ApiError> {
+    pub(crate) async fn tokens(
+        mut self,
+        template: &Arc<ChatTemplate>,
+        model: &LocalModel,
+    ) -> Result<Vec<u32>, ApiError> {
         let (template, tokenizer) = (Arc::clone(template), model.tokenizer.clone());
         model
             .work(self.bytes, move || {
+                let hidden = Hidden::take(&mut self.messages, &tokenizer);
                 let text = template
                     .render(&self.messages, self.tools.as_ref(), self.add_generation_prompt, &self.kwargs)
                     .map_err(|e| ApiError::Template { reason: e.to_string() })?;
-                encode(&tokenizer, &text, self.add_special_tokens, "messages")
+                let encoded = hidden.encode(&tokenizer, &text, self.add_special_tokens);
+                encoded.map_err(|e| ApiError::field("messages", format!("`messages`: {e}")))
             })
             .await
     }
-}
-
-fn encode(tokenizer: &Tokenizer, text: &str, special: bool, param: &'static str) -> Result<Vec<u32>, ApiError> {
-    tokenizer.encode(text, special).map_err(|e| ApiError::field(param, format!("`{param}`: {e}")))
 }
 
 /// One message as templates read it.
@@ -155,7 +158,12 @@ impl Prompt {
             Self::Tokens(tokens) => Ok(tokens.clone()),
             Self::Text(text) => {
                 let (text, tokenizer) = (text.clone(), model.tokenizer.clone());
-                model.work(text.len(), move || encode(&tokenizer, &text, special, "prompt")).await
+                model
+                    .work(text.len(), move || {
+                        let encoded = tokenizer.encode(&text, special);
+                        encoded.map_err(|e| ApiError::field("prompt", format!("`prompt`: {e}")))
+                    })
+                    .await
             }
         }
     }

@@ -15,7 +15,7 @@ pub mod table;
 
 use std::time::{Duration, Instant};
 
-use cupola_kernels::kv::BLOCK_SIZE;
+use cupola_kernels::kv::{BLOCK_SIZE, blocks_for};
 use cupola_kernels::{Backend, BlockId};
 use cupola_models::decoder::{Decoder, DecoderLimits};
 use cupola_models::{Batch, Model};
@@ -68,7 +68,7 @@ impl Test {
     }
 
     fn blocks_per_sequence(&self) -> usize {
-        self.positions().div_ceil(BLOCK_SIZE)
+        blocks_for(self.positions())
     }
 
     /// `pp512`, `tg128 b16`, `tg128 @ d1024`.
@@ -222,7 +222,7 @@ impl Runner {
             self.batch.clear();
             self.batch.greedy = true;
             let end = position + chunk.len();
-            let row0 = self.batch.push(chunk, position, &table[..end.div_ceil(BLOCK_SIZE)]);
+            let row0 = self.batch.push(chunk, position, &table[..blocks_for(end)]);
             if end == start + tokens.len() {
                 self.batch.outputs.push(row0 + u32::try_from(chunk.len()).expect("a short chunk") - 1);
             }
@@ -278,6 +278,6 @@ mod tests {
         let limits = options.limits(&options.tests());
         assert_eq!(limits.max_model_len, 612);
         assert_eq!(limits.max_batch_tokens, 64);
-        assert_eq!(limits.kv_blocks, 16 * 228usize.div_ceil(BLOCK_SIZE));
+        assert_eq!(limits.kv_blocks, 16 * blocks_for(228));
     }
 }

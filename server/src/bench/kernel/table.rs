@@ -152,7 +152,7 @@ fn markdown(out: &mut dyn Write, model: &ModelInfo, results: &[Measured]) -> std
 }
 
 /// The processor's name, where the system tells.
-fn cpu_name() -> Option<String> {
+pub(crate) fn cpu_name() -> Option<String> {
     let info = std::fs::read_to_string("/proc/cpuinfo").ok()?;
     let line = info.lines().find(|line| line.starts_with("model name"))?;
     Some(line.split_once(':')?.1.trim().to_owned())

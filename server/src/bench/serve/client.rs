@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   post_stream --take--> idle connections --none left--> connect
-//!       |                      ^
+//!       |                      ^      |
+//!       |                      |      +-- closed by the server meanwhile: take the next
 //!       +--> Answer --end of body--+      a connection goes back only after its answer was read to the end
 //! ```
 
@@ -143,6 +144,14 @@ impl Client {
         answer.json().await
     }
 
+    /// `GET path`, whatever the answer's body is.
+    ///
+    /// # Errors
+    /// Every [`ClientError`].
+    pub(super) async fn get(&self, path: &str) -> Result<Bytes, ClientError> {
+        self.send(Method::GET, path, Bytes::new()).await?.whole().await
+    }
+
     /// `POST path` with a JSON body, the answer as JSON.
     ///
     /// # Errors
@@ -161,17 +170,19 @@ impl Client {
     }
 
     async fn send(&self, method: Method, path: &str, body: Bytes) -> Result<Answer<'_>, ClientError> {
-        let mut request = Request::builder()
-            .method(method)
-            .uri(format!("{}{path}", self.path))
-            .header(HOST, &self.authority)
-            .header(CONTENT_TYPE, "application/json");
-        if let Some(bearer) = &self.bearer {
-            request = request.header(AUTHORIZATION, bearer);
-        }
-        let mut request = request
-            .body(Full::new(body))
-            .map_err(|error| ClientError::Url { url: path.to_owned(), hint: error.to_string() })?;
+        let request = || {
+            let mut request = Request::builder()
+                .method(method.clone())
+                .uri(format!("{}{path}", self.path))
+                .header(HOST, &self.authority)
+                .header(CONTENT_TYPE, "application/json");
+            if let Some(bearer) = &self.bearer {
+                request = request.header(AUTHORIZATION, bearer);
+            }
+            request
+                .body(Full::new(body.clone()))
+                .map_err(|error| ClientError::Url { url: path.to_owned(), hint: error.to_string() })
+        };
         loop {
             let idle = self.idle.lock().expect("no holder of this lock panics").pop();
             let reused = idle.is_some();
@@ -179,14 +190,11 @@ impl Client {
                 Some(sender) => sender,
                 None => self.connect().await?,
             };
-            let broken = |error: hyper::Error| ClientError::Broken { doing: "sending", cause: cause(&error) };
-            if let Err(error) = sender.ready().await {
-                if reused {
-                    continue;
-                }
-                return Err(broken(error));
-            }
-            match sender.try_send_request(request).await {
+            let sent = match sender.ready().await {
+                Ok(()) => sender.send_request(request()?).await,
+                Err(error) => Err(error),
+            };
+            match sent {
                 Ok(response) => {
                     let answer = Answer { client: self, sender: Some(sender), response };
                     if answer.response.status() == StatusCode::OK {
@@ -194,11 +202,10 @@ impl Client {
                     }
                     return Err(answer.refusal().await);
                 }
-                // A kept-alive connection that the server closed meanwhile gives the request back unsent.
-                Err(mut failed) => match failed.take_message() {
-                    Some(unsent) if reused => request = unsent,
-                    _ => return Err(broken(failed.into_error())),
-                },
+                // Some servers close a kept-alive connection after an answer without saying so; the next request may
+                // already be on its way into it. Nothing has been answered, so it goes out again over another one.
+                Err(_) if reused => {}
+                Err(error) => return Err(ClientError::Broken { doing: "sending", cause: cause(&error) }),
             }
         }
     }

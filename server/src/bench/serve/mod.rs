@@ -19,7 +19,7 @@ pub mod report;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use tokio::sync::{Semaphore, mpsc};
 
 use self::client::Client;
@@ -28,6 +28,9 @@ pub use self::exchange::{Dialect, Outcome};
 use self::exchange::{body, exchange};
 use self::prompts::Prompt;
 use super::random::Random;
+
+/// Answered with 200 by every server once its model is loaded.
+const HEALTH: &str = "/health";
 
 /// What load to make.
 #[derive(Clone, Debug)]
@@ -221,6 +224,23 @@ async fn first_model(client: &Client, patience: Duration) -> Result<String, Clie
         }
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
+}
+
+/// Whether the server says that it is up: `GET /health` with status 200.
+pub async fn healthy(base_url: &str) -> bool {
+    let Ok(client) = Client::new(base_url, None) else { return false };
+    client.get(HEALTH).await.is_ok()
+}
+
+/// Asks the server's first model for one token and waits for the end of the answer.
+///
+/// # Errors
+/// Every [`ClientError`].
+pub async fn first_token(base_url: &str, api_key: Option<&str>) -> Result<(), ClientError> {
+    let client = Client::new(base_url, api_key)?;
+    let model = first_model(&client, Duration::ZERO).await?;
+    let body = json!({"model": model, "prompt": "Hello", "max_tokens": 1, "temperature": 0});
+    client.post_json("/v1/completions", &body).await.map(drop)
 }
 
 /// Processor seconds this process has used.

@@ -130,10 +130,21 @@ async fn fit(
     Ok(best.expect("at least one round counted"))
 }
 
+/// How a server wants to be asked for tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Shape {
+    /// `{"prompt", "add_special_tokens"}`, and `{"tokens"}` back into `{"prompt"}`: vLLM's, and ours.
+    Prompt,
+    /// `{"content", "add_special"}`, and `{"tokens"}` back into `{"content"}`: llama-server's. It answers the other
+    /// shape with an empty list.
+    Content,
+}
+
 /// The server's tokenizer.
 struct Counter<'a> {
     client: &'a Client,
     model: &'a str,
+    shape: Shape,
     /// Special tokens are part of the wanted length: true for plain completions, whose prompt is all there is.
     special: bool,
 }
@@ -141,13 +152,17 @@ struct Counter<'a> {
 impl<'a> Counter<'a> {
     /// A counter if the server has `/tokenize`.
     async fn probe(client: &'a Client, model: &'a str, dialect: Dialect) -> Result<Option<Counter<'a>>, ClientError> {
-        let counter = Self { client, model, special: dialect == Dialect::Completions };
-        match counter.count("hello world").await {
-            Ok(_) => Ok(Some(counter)),
-            // No such route, another shape of it, or not for this key.
-            Err(ClientError::Status { .. } | ClientError::Nonsense(_)) => Ok(None),
-            Err(error) => Err(error),
+        for shape in [Shape::Prompt, Shape::Content] {
+            let counter = Self { client, model, shape, special: dialect == Dialect::Completions };
+            match counter.count("hello world").await {
+                Ok(0) => {}
+                Ok(_) => return Ok(Some(counter)),
+                // No such route, another shape of it, or not for this key.
+                Err(ClientError::Status { .. } | ClientError::Nonsense(_)) => {}
+                Err(error) => return Err(error),
+            }
         }
+        Ok(None)
     }
 
     async fn count(&self, text: &str) -> Result<usize, ClientError> {
@@ -161,7 +176,10 @@ impl<'a> Counter<'a> {
     }
 
     async fn tokenize(&self, text: &str, special: bool) -> Result<Value, ClientError> {
-        let body = json!({"model": self.model, "prompt": text, "add_special_tokens": special});
+        let body = match self.shape {
+            Shape::Prompt => json!({"model": self.model, "prompt": text, "add_special_tokens": special}),
+            Shape::Content => json!({"content": text, "add_special": special}),
+        };
         self.client.post_json("/tokenize", &body).await
     }
 
@@ -174,7 +192,13 @@ impl<'a> Counter<'a> {
         let kept = &tokens[..tokens.len().min(wanted.saturating_sub(special))];
         let body = json!({"model": self.model, "tokens": kept});
         let shorter = match self.client.post_json("/detokenize", &body).await {
-            Ok(answer) => answer.get("prompt").and_then(Value::as_str).map(str::to_owned),
+            Ok(answer) => {
+                let text = match self.shape {
+                    Shape::Prompt => answer.get("prompt"),
+                    Shape::Content => answer.get("content"),
+                };
+                text.and_then(Value::as_str).map(str::to_owned)
+            }
             Err(ClientError::Status { .. }) => None,
             Err(error) => return Err(error),
         };

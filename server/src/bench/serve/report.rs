@@ -38,7 +38,7 @@ impl Metric {
 }
 
 /// What to report.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Selection {
     /// Latencies to show.
     pub metrics: Vec<Metric>,
@@ -124,6 +124,15 @@ impl<'a> Report<'a> {
             kinds.entry(class.as_str()).or_insert((0, message.as_str())).0 += 1;
         }
         kinds
+    }
+
+    /// How many requests failed and why, a sentence a kind.
+    pub fn failures_in_words(&self) -> Vec<String> {
+        let total = self.run.outcomes.len();
+        let say = |(kind, (count, message)): (&str, (usize, &str))| {
+            format!("{count} of {total} requests failed, {kind}, such as: {message}")
+        };
+        self.failures().into_iter().map(say).collect()
     }
 
     /// Successful requests whose `(prompt, output)` tokens differ from what was planned.

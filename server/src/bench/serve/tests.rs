@@ -5,21 +5,21 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
+use super::report::{Metric, Report, Selection};
+use super::*;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use serde_json::json;
-
-use super::report::{Metric, Report, Selection};
-use super::*;
 
 /// What the stand-in does wrong, and what it has seen.
 #[derive(Default)]
 struct Stub {
     tokenizer: bool,
+    /// The tokenizer is asked as llama-server's is.
+    content_shape: bool,
     /// Every n-th completion is refused with 429; 0 refuses none.
     refuse_every: usize,
     /// Streams end without their last chunk.
@@ -40,6 +40,11 @@ fn count_tokens(text: &str, special: bool) -> usize {
 async fn tokenize(State(stub): State<Arc<Stub>>, Json(body): Json<Value>) -> Response {
     if !stub.tokenizer {
         return (StatusCode::NOT_FOUND, Json(json!({"error": {"message": "no such route"}}))).into_response();
+    }
+    if stub.content_shape {
+        let special = body["add_special"].as_bool().unwrap_or(false);
+        let count = body["content"].as_str().map_or(0, |text| count_tokens(text, special));
+        return Json(json!({"tokens": vec![7; count]})).into_response();
     }
     let special = body["add_special_tokens"].as_bool().expect("always sent");
     let count = count_tokens(body["prompt"].as_str().expect("text"), special);
@@ -218,6 +223,45 @@ async fn a_seed_makes_the_same_prompts_and_another_one_others() {
         assert!(text.starts_with(&prefix.join(" ")), "a shared prefix: {text}");
         let tokens = count_tokens(text, true);
         assert!((8 + 28..=8 + 52).contains(&tokens), "{tokens} tokens");
+    }
+}
+
+#[tokio::test]
+async fn a_tokenizer_of_the_other_shape_counts_as_well() {
+    let (address, _) = serve(Stub { tokenizer: true, content_shape: true, ..Stub::default() }).await;
+    let run = run(options(address), &mut |_| {}).await.expect("the stand-in answers");
+    assert!(run.exact_prompts);
+    assert!(run.outcomes.iter().all(|outcome| (outcome.prompt_tokens, outcome.failure.as_ref()) == (48, None)));
+}
+
+/// Answers one request a connection and promises nothing about the next one, which it reads and then hangs up.
+async fn serve_once_a_connection() -> (SocketAddr, Arc<AtomicUsize>) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let address = listener.local_addr().expect("bound");
+    let connections = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&connections);
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            counter.fetch_add(1, SeqCst);
+            tokio::spawn(async move {
+                let mut buffer = [0; 4096];
+                assert!(stream.read(&mut buffer).await.expect("a request") > 0);
+                stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}").await.expect("the client reads");
+                assert!(stream.read(&mut buffer).await.expect("another request, or the end") < buffer.len());
+            });
+        }
+    });
+    (address, connections)
+}
+
+#[tokio::test]
+async fn a_connection_closed_between_two_requests_costs_no_request() {
+    let (address, connections) = serve_once_a_connection().await;
+    let client = Client::new(&format!("http://{address}"), None).expect("a URL");
+    for expected in 1..=3 {
+        assert_eq!(client.post_json("/x", &json!({})).await.expect("answered"), json!({}));
+        assert_eq!(connections.load(SeqCst), expected, "each answer came over a connection of its own");
     }
 }
 
