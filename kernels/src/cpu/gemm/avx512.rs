@@ -10,10 +10,12 @@ use std::arch::x86_64::{
     _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi16, _mm512_storeu_ps,
 };
 
-use super::{IntDot, Lanes, TileQuants, TileScales, prefetch_ahead};
+use super::{IntDot, Lanes, PackedDot, TileQuants, TileScales, prefetch_ahead};
 use crate::cpu::simd::Avx512;
 use crate::format::ggml::BLOCK;
 use crate::format::pack::{Offset, PANEL, PanelBlock, Quants};
+
+impl PackedDot for Avx512 {}
 
 impl IntDot for Avx512 {
     const TILE_ROWS: usize = 8;

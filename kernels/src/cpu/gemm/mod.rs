@@ -28,6 +28,8 @@ mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+mod avx2_packed;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -111,6 +113,22 @@ pub(crate) trait IntDot: Copy {
     }
 }
 
+/// Products of packed panels in one instruction set.
+pub(crate) trait PackedDot: Copy {
+    /// Bytes of scratch that [`PackedDot::packed`] wants for panels of `cols` columns.
+    fn packed_scratch(cols: usize) -> usize {
+        let _ = cols;
+        0
+    }
+
+    /// Multiplies a panel with all rows of a group; `out` has one entry for each.
+    #[inline(always)]
+    fn packed<B: Packed>(self, panel: &[B], rows: Group<'_>, scratch: &mut [u8], out: &mut [Lanes]) {
+        let _ = scratch;
+        scalar::panel(panel, rows, out);
+    }
+}
+
 /// Consecutive activation rows that are multiplied together: whole tiles.
 #[derive(Clone, Copy)]
 pub(crate) struct Group<'a> {
@@ -166,6 +184,16 @@ impl<'a> Group<'a> {
 /// 4 KiB page.
 const PREFETCH: usize = 4096;
 
+/// Asks for the memory [`PREFETCH`] bytes after block `b` of a unit, which is in the units that follow.
+#[inline(always)]
+fn prefetch_block<B: Packed>(unit: &B, b: usize) {
+    let (start, end) = (size_of::<B>() * b / B::BLOCKS, size_of::<B>() * (b + 1) / B::BLOCKS);
+    let ahead = std::ptr::from_ref(unit).cast::<u8>().wrapping_add(PREFETCH);
+    for line in start.div_ceil(64)..end.div_ceil(64) {
+        prefetch_line(ahead.wrapping_add(line * 64));
+    }
+}
+
 /// Asks for the memory [`PREFETCH`] bytes after block `index` of a panel, which is in the panels that follow.
 #[inline(always)]
 fn prefetch_ahead<B>(panel: &[B], index: usize) {
@@ -209,22 +237,25 @@ impl Kernel for Multiply<'_> {
             WeightType::Q4_1 => s.panel(cast::<Q4_1x16>(panel), rows, scratch, out),
             WeightType::Q8_0 => s.panel(cast::<Q8_0x16>(panel), rows, scratch, out),
             _ => {
-                for_packed(ty, Reference { panel, rows, out });
+                for_packed(ty, Any { s, panel, rows, scratch, out });
             }
         }
     }
 }
 
-struct Reference<'a> {
+struct Any<'a, S> {
+    s: S,
     panel: &'a [u8],
     rows: Group<'a>,
+    scratch: &'a mut [u8],
     out: &'a mut [Lanes],
 }
 
-impl ForPacked for Reference<'_> {
+impl<S: Simd> ForPacked for Any<'_, S> {
     type Output = ();
 
+    #[inline(always)]
     fn run<B: Packed>(self) {
-        scalar::panel(cast::<B>(self.panel), self.rows, self.out);
+        self.s.packed(cast::<B>(self.panel), self.rows, self.scratch, self.out);
     }
 }

@@ -10,10 +10,12 @@ use std::arch::aarch64::{
 };
 use std::arch::asm;
 
-use super::{IntDot, Lanes, TileQuants, TileScales, prefetch_ahead};
+use super::{IntDot, Lanes, PackedDot, TileQuants, TileScales, prefetch_ahead};
 use crate::cpu::simd::{Neon, Simd};
 use crate::format::ggml::BLOCK;
 use crate::format::pack::{Offset, PANEL, PanelBlock, Quants};
+
+impl PackedDot for Neon {}
 
 impl IntDot for Neon {
     const TILE_ROWS: usize = 4;

@@ -2,10 +2,12 @@
 
 use half::f16;
 
-use super::{Group, IntDot, Lanes, TileActs, TileQuants, TileScales, exact};
+use super::{Group, IntDot, Lanes, PackedDot, TileActs, TileQuants, TileScales, exact};
 use crate::cpu::simd::Scalar;
 use crate::format::ggml::BLOCK;
 use crate::format::pack::{Offset, PANEL, Packed, PanelBlock, Quants, Scales, Zero};
+
+impl PackedDot for Scalar {}
 
 /// Multiplies a panel with all rows of a group.
 pub(super) fn panel<B: Packed>(panel: &[B], rows: Group<'_>, out: &mut [Lanes]) {

@@ -9,7 +9,7 @@
 //!   IQ4_NL  d: 16 x f16                nibbles
 //! ```
 
-use super::{Codes, PANEL, Packed, Scales, Word, Zero, set_group, set_words};
+use super::{Codes, PANEL, Packed, Scales, Shape, Word, Zero, ZeroKind, set_group, set_words};
 use crate::WeightType;
 use crate::format::ggml::u16_at;
 use crate::memory::Plain;
@@ -18,7 +18,7 @@ use crate::memory::Plain;
 macro_rules! block {
     (
         $ty:ident, $name:ident { $($field:ident: $kind:ty),* }
-        |$this:ident| codes: $codes:expr, zero: $zero:expr;
+        |$this:ident| bits: $bits:literal, codes: $codes:expr, zero: $zero:expr;
         |$lane:ident, $source:ident| $set:block
     ) => {
         #[doc = concat!("32 columns of 16 rows of [`WeightType::", stringify!($ty), "`].")]
@@ -35,6 +35,7 @@ macro_rules! block {
 
         impl Packed for $name {
             const TYPE: WeightType = WeightType::$ty;
+            const SHAPE: Shape = Shape { bits: $bits, scales: 0, zero: ZeroKind::Float };
 
             #[inline(always)]
             fn d(&self) -> &[u16; PANEL] {
@@ -66,25 +67,25 @@ macro_rules! block {
 }
 
 block!(Q4_0, Q4_0x16 { q: [Word; 4] }
-    |this| codes: Codes::Four(&this.q), zero: Zero::Code(8);
+    |this| bits: 4, codes: Codes::Four(&this.q), zero: Zero::Code(8);
     |lane, source| { set_words(&mut this.q, lane, &source[2..], 0) });
 
 block!(Q4_1, Q4_1x16 { m: [u16; PANEL], q: [Word; 4] }
-|this| codes: Codes::Four(&this.q), zero: Zero::Add(&this.m);
+|this| bits: 4, codes: Codes::Four(&this.q), zero: Zero::Add(&this.m);
 |lane, source| {
     this.m[lane] = u16_at(source, 2);
     set_words(&mut this.q, lane, &source[4..], 0);
 });
 
 block!(Q5_0, Q5_0x16 { q: [Word; 4], high: Word }
-|this| codes: Codes::Five(&this.q, &this.high), zero: Zero::Code(16);
+|this| bits: 5, codes: Codes::Five(&this.q, &this.high), zero: Zero::Code(16);
 |lane, source| {
     set_high(&mut this.high, lane, &source[2..6]);
     set_words(&mut this.q, lane, &source[6..], 0);
 });
 
 block!(Q5_1, Q5_1x16 { m: [u16; PANEL], q: [Word; 4], high: Word }
-|this| codes: Codes::Five(&this.q, &this.high), zero: Zero::Add(&this.m);
+|this| bits: 5, codes: Codes::Five(&this.q, &this.high), zero: Zero::Add(&this.m);
 |lane, source| {
     this.m[lane] = u16_at(source, 2);
     set_high(&mut this.high, lane, &source[4..8]);
@@ -92,11 +93,11 @@ block!(Q5_1, Q5_1x16 { m: [u16; PANEL], q: [Word; 4], high: Word }
 });
 
 block!(Q8_0, Q8_0x16 { q: [Word; 8] }
-    |this| codes: Codes::Eight(&this.q), zero: Zero::Code(128);
+    |this| bits: 8, codes: Codes::Eight(&this.q), zero: Zero::Code(128);
     |lane, source| { set_words(&mut this.q, lane, &source[2..], 0x80) });
 
 block!(Iq4Nl, Iq4Nlx16 { q: [Word; 4] }
-    |this| codes: Codes::Table(&this.q), zero: Zero::Code(128);
+    |this| bits: 8, codes: Codes::Table(&this.q), zero: Zero::Code(128);
     |lane, source| { set_words(&mut this.q, lane, &source[2..], 0) });
 
 /// Writes the upper bits of a row: bit `4j + c` of the file's four bytes becomes bit `j` of byte `c`.
