@@ -182,6 +182,7 @@ fn accumulate<B: Packed>(acc: __m256, sum: __m256i, w: &Factors, [d_x, s_x]: [f3
 }
 
 /// Multiplies a packed panel with one tile.
+#[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn packed_tile<B: Packed, const N: usize>(panel: &[B], acts: TileActs<'_, N>, out: &mut [Lanes; N]) {
     let mut acc = [[_mm256_setzero_ps(); 2]; N];
@@ -252,6 +253,7 @@ fn unpack<B: Packed, const P: usize, const I: usize>(unit: &B, b: usize, half: u
     });
 }
 
+#[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn strip_tile<B: Packed, const P: usize, const I: usize, const N: usize>(
     strip: &[Strip<P, I>],
