@@ -233,6 +233,9 @@ impl Kernel for Multiply<'_> {
             WeightType::F32 => float::panel(s, cast::<float::AsF32>(panel), rows, out),
             WeightType::F16 => float::panel(s, cast::<float::AsF16>(panel), rows, out),
             WeightType::Bf16 => float::panel(s, cast::<float::AsBf16>(panel), rows, out),
+            WeightType::Q4_0 => s.panel(cast::<Q4_0x16>(panel), rows, scratch, out),
+            WeightType::Q4_1 => s.panel(cast::<Q4_1x16>(panel), rows, scratch, out),
+            WeightType::Q8_0 => s.panel(cast::<Q8_0x16>(panel), rows, scratch, out),
             _ => {
                 for_packed(ty, Any { s, panel, rows, scratch, out });
             }
