@@ -239,6 +239,9 @@ pub trait Backend: Send {
     /// `out[i] = scale * table[tokens[i]]`; `table` is `[vocab, hidden]` and may also serve as the output head.
     fn embed(&mut self, table: LinearId, tokens: &[u32], scale: f32, out: BufferId) -> Result<()>;
 
+    /// Moves row `rows[i]` of an arena to row `i`; `rows` ascends. What lay in the rows moved to is lost.
+    fn keep_rows(&mut self, buffer: BufferId, rows: &[u32]) -> Result<()>;
+
     /// `out[i] = x[rows[i]] / sqrt(mean(x^2) + eps) * weight`, in the form that `consumer` reads
     /// (Zhang and Sennrich, Root Mean Square Layer Normalization, <https://arxiv.org/abs/1910.07467>).
     fn rms_norm(

@@ -9,10 +9,11 @@
 //! All arenas are allocated in [`Decoder::load`] from [`DecoderLimits`]; a forward pass allocates nothing.
 
 use cupola_kernels::{
-    ActId, Attention, Backend, BufferId, Epilogue, KvId, LinearId, PartOrder, RopeId, RopeStore, Rows, VectorId,
-    kv::BLOCK_SIZE,
+    ActId, Attention, Backend, BlockId, BufferId, Epilogue, KvId, LinearId, PartOrder, RopeId, RopeStore, Rows,
+    SeqSpan, VectorId, kv::BLOCK_SIZE,
 };
 
+use crate::last_rows::LastRows;
 use crate::spec::TensorNames;
 use crate::weights::Weights;
 use crate::{Batch, DecoderSpec, Error, Model, Result};
@@ -58,7 +59,7 @@ pub struct Decoder {
     sliding_rope: Option<RopeId>,
     kv: KvId,
     arenas: Arenas,
-    outputs: Vec<u32>,
+    last: LastRows,
     argmax: Vec<u32>,
 }
 
@@ -144,7 +145,7 @@ impl Decoder {
             sliding_rope,
             kv,
             arenas,
-            outputs: Vec::with_capacity(limits.max_batch_tokens),
+            last: LastRows::with_capacity(limits.max_batch_tokens),
             argmax: Vec::with_capacity(limits.max_batch_tokens),
         })
     }
@@ -186,15 +187,26 @@ impl Decoder {
             .into());
         }
         backend.embed(self.embedding, &batch.tokens, spec.embedding_scale, arenas.x)?;
+        self.last.set(batch);
         for (i, layer) in self.layers.iter().enumerate() {
             let rope = if layer.slides { self.sliding_rope.unwrap_or(self.rope) } else { self.rope };
-            layer.attend(i, backend, spec, (self.kv, rope), arenas, batch)?;
+            layer.store_keys(i, backend, spec, (self.kv, rope), arenas, batch)?;
+            let (spans, rows) = if i + 1 < self.layers.len() {
+                (&batch.spans, rows)
+            } else if batch.outputs.is_empty() {
+                break;
+            } else {
+                for buffer in [arenas.x, arenas.qkv] {
+                    backend.keep_rows(buffer, &batch.outputs)?;
+                }
+                (&self.last.spans, batch.outputs.len())
+            };
+            layer.attend(i, backend, spec, self.kv, arenas, (spans, &batch.block_table, rows))?;
             layer.feed_forward(backend, spec, arenas, rows)?;
         }
-        self.outputs.clone_from(&batch.outputs);
         self.argmax.clear();
         if batch.greedy {
-            for start in (0..self.outputs.len()).step_by(LOGIT_ROWS) {
+            for start in (0..self.last.outputs.len()).step_by(LOGIT_ROWS) {
                 let rows = self.norm_for_head(start)?;
                 self.backend.linear_argmax(self.arenas.head_in, rows, self.head, &mut self.argmax)?;
             }
@@ -211,7 +223,7 @@ impl Decoder {
     /// `f` may change the logits.
     pub fn for_each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {
         let cap = self.spec.logit_softcap;
-        for start in (0..self.outputs.len()).step_by(LOGIT_ROWS) {
+        for start in (0..self.last.outputs.len()).step_by(LOGIT_ROWS) {
             let rows = self.norm_for_head(start)?;
             self.backend.linear(self.arenas.head_in, rows, self.head, Epilogue::Store, self.arenas.logits)?;
             self.backend.for_each_row(self.arenas.logits, rows, &|row, logits| {
@@ -226,7 +238,7 @@ impl Decoder {
 
     /// Norms up to [`LOGIT_ROWS`] output rows from index `start` on; returns how many.
     fn norm_for_head(&mut self, start: usize) -> Result<usize> {
-        let picked = &self.outputs[start..self.outputs.len().min(start + LOGIT_ROWS)];
+        let picked = &self.last.outputs[start..self.last.outputs.len().min(start + LOGIT_ROWS)];
         let norm = (self.final_norm, self.spec.norm_eps);
         self.backend.rms_norm(self.arenas.x, Rows::Picked(picked), norm, self.head, self.arenas.head_in)?;
         Ok(picked.len())
@@ -234,7 +246,8 @@ impl Decoder {
 }
 
 impl Layer {
-    fn attend(
+    /// Projects every row and stores its keys and values.
+    fn store_keys(
         &self,
         index: usize,
         backend: &mut dyn Backend,
@@ -258,6 +271,19 @@ impl Layer {
             spans: &batch.spans,
             block_table: &batch.block_table,
         })?;
+        Ok(())
+    }
+
+    /// Attention of the rows of these spans over what is stored, and its output projection.
+    fn attend(
+        &self,
+        index: usize,
+        backend: &mut dyn Backend,
+        spec: &DecoderSpec,
+        kv: KvId,
+        arenas: &Arenas,
+        (spans, block_table, rows): (&[SeqSpan], &[BlockId], usize),
+    ) -> Result<()> {
         backend.attention(Attention {
             qkv: arenas.qkv,
             shape: spec.heads,
@@ -265,8 +291,8 @@ impl Layer {
             window: spec.sliding.as_ref().filter(|_| self.slides).map(|s| s.window),
             kv,
             layer: index,
-            spans: &batch.spans,
-            block_table: &batch.block_table,
+            spans,
+            block_table,
             out: arenas.attended,
             consumer: self.o,
         })?;

@@ -16,6 +16,7 @@ pub mod config;
 pub mod decoder;
 pub mod error;
 pub mod hub;
+mod last_rows;
 mod model;
 pub mod spec;
 pub mod template;

@@ -255,6 +255,21 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn keep_rows(&mut self, buffer: BufferId, rows: &[u32]) -> Result<()> {
+        const OP: &str = "keep_rows";
+        let buffer = &mut self.buffers[buffer.0 as usize];
+        let cols = buffer.cols;
+        buffer.check(OP, rows.last().map_or(0, |&row| row as usize + 1), cols)?;
+        if !rows.is_sorted_by(|a, b| a < b) {
+            return Err(Error::Shape { op: OP, expected: "rows in ascending order".into(), got: format!("{rows:?}") });
+        }
+        for (to, &from) in rows.iter().enumerate() {
+            let from = from as usize * cols;
+            buffer.values.copy_within(from..from + cols, to * cols);
+        }
+        Ok(())
+    }
+
     fn rms_norm(
         &mut self,
         x: BufferId,

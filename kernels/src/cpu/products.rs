@@ -312,17 +312,20 @@ impl Kernel for GateUp<'_> {
                         }
                     }
                 }
-                let [gate_0, gate_1, up_0, up_1] = &*stages;
-                for (i, row) in (0..group.len()).zip(group.first()..) {
-                    let mut values = [0.0; UNIT];
-                    let (low, high) = values.split_at_mut(LANES);
-                    for (values, gate, up) in [(low, &gate_0[i], &up_0[i]), (high, &gate_1[i], &up_1[i])] {
-                        let value = s.mul(gate_fn(s, self.f, s.load(gate)), s.load(up));
-                        s.store(value, values.try_into().expect("a half of the unit"));
+                // In two passes, so that a row's long chain of dependent operations overlaps with those of the next rows.
+                let [gate_0, gate_1, up_0, up_1] = stages;
+                for (gate, up) in [(&mut *gate_0, &*up_0), (&mut *gate_1, &*up_1)] {
+                    for (gate, up) in gate[..group.len()].iter_mut().zip(&up[..group.len()]) {
+                        s.store(s.mul(gate_fn(s, self.f, s.load(gate)), s.load(up)), gate);
                     }
-                    let values = &values[..UNIT.min(cols - unit * UNIT)];
+                }
+                let cols = UNIT.min(cols - unit * UNIT);
+                for (row, (low, high)) in (group.first()..).zip(gate_0.iter().zip(&**gate_1)).take(group.len()) {
+                    let mut values = [0.0; UNIT];
+                    values[..LANES].copy_from_slice(low);
+                    values[LANES..].copy_from_slice(high);
                     // SAFETY: each unit has columns of its own, and each unit is in one chunk.
-                    unsafe { self.out.write(s, row, unit * UNIT, values) };
+                    unsafe { self.out.write(s, row, unit * UNIT, &values[..cols]) };
                 }
             }
         }

@@ -304,6 +304,18 @@ fn a_row_gives_the_same_bits_in_any_company_and_on_any_number_of_threads() {
 }
 
 #[test]
+fn kept_rows_move_together() {
+    let mut backend = backends().next().unwrap();
+    let buffer = backend.alloc_buffer(5, 3).unwrap();
+    set(&mut backend, buffer, 5, |row, col| (row * 10 + col) as f32);
+    backend.keep_rows(buffer, &[0, 2, 4]).unwrap();
+    assert_eq!(get(&mut backend, buffer, 3), [[0.0, 1.0, 2.0], [20.0, 21.0, 22.0], [40.0, 41.0, 42.0]]);
+    for wrong in [&[1, 5][..], &[2, 1], &[1, 1]] {
+        assert!(matches!(backend.keep_rows(buffer, wrong), Err(Error::Shape { op: "keep_rows", .. })));
+    }
+}
+
+#[test]
 fn misuse_is_refused_with_both_sizes() {
     let mut backend = CpuBackend::new(CpuConfig { threads: Some(1), isa: Some(Isa::Scalar) }).unwrap();
     let data = vec![0; 20 * 16];

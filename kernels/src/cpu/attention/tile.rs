@@ -148,9 +148,13 @@ impl Chunk<'_> {
             let (token, head) = ((self.first + r) / rows.heads, (self.first + r) % rows.heads);
             &op.qkv[(row0 + token) * cols + (rows.head0 + head) * dim..][..dim]
         });
-        for (i, column) in queries[self.first * dim..][..R * dim].as_chunks_mut::<R>().0.iter_mut().enumerate() {
-            for r in 0..R {
-                column[r] = sources[r][i] * unit;
+        let (columns, _) = queries[self.first * dim..][..R * dim].as_chunks_mut::<R>();
+        for (part, columns) in columns.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            let rows: [&[f32; LANES]; R] = std::array::from_fn(|r| &sources[r].as_chunks::<LANES>().0[part]);
+            for (i, column) in columns.iter_mut().enumerate() {
+                for r in 0..R {
+                    column[r] = rows[r][i] * unit;
+                }
             }
         }
     }
@@ -310,13 +314,16 @@ impl<const R: usize> Sums<'_, R> {
             let values = tile.sequence.block(tile.start + first).1;
             let count = BLOCK_SIZE.min(positions - first);
             let ahead = chunk.next_keys(column * TILE + first * C);
-            for (i, (row, ahead)) in values.chunks_exact(width).zip(ahead.chunks_exact(C)).take(count).enumerate() {
-                let row = row[column..].first_chunk::<C>().expect("a row has all columns");
+            let weights: [&[f32; BLOCK_SIZE]; R] =
+                std::array::from_fn(|r| &p[r].as_chunks::<BLOCK_SIZE>().0[first / BLOCK_SIZE]);
+            let rows = values[column..].chunks(width).zip(ahead.chunks_exact(C)).take(count);
+            for (i, (row, ahead)) in (0..BLOCK_SIZE).zip(rows) {
+                let row = row.first_chunk::<C>().expect("a row has all columns");
                 prefetch(ahead);
                 for c in 0..C {
                     let v = s.load_f16(&row[c]);
                     for r in 0..R {
-                        sums[c][r] = s.fma(s.splat(p[r][first + i]), v, sums[c][r]);
+                        sums[c][r] = s.fma(s.splat(weights[r][i]), v, sums[c][r]);
                     }
                 }
             }

@@ -19,7 +19,7 @@ use std::arch::x86_64::{
     _mm256_setzero_si256, _mm256_srli_epi16, _mm256_storeu_ps, _mm256_storeu_si256,
 };
 
-use super::{Group, IntDot, Lanes, TileQuants, TileScales, exact, prefetch_ahead};
+use super::{Group, IntDot, Lanes, TileQuants, TileScales, exact, prefetch_ahead, prefetch_block};
 use crate::cpu::simd::Avx2;
 use crate::format::ggml::BLOCK;
 use crate::format::pack::{Offset, PANEL, PanelBlock, Quants};
@@ -97,6 +97,8 @@ impl IntDot for Avx2 {
 fn unpacked_panel<B: PanelBlock, const P: usize>(panel: &[B], rows: Group<'_>, scratch: &mut [u8], out: &mut [Lanes]) {
     let scratch = &mut scratch[..size_of_val(panel) / size_of::<B>() * size_of::<Planes<P>>()];
     for (block, planes) in panel.iter().zip(cast_mut::<Planes<P>>(scratch)) {
+        // The next panel arrives while this one is multiplied.
+        prefetch_block(std::ptr::from_ref(block).wrapping_add(panel.len()));
         unpack(block, planes);
     }
     let planes = cast::<Planes<P>>(scratch);
@@ -206,14 +208,20 @@ fn packed_tile<B: PanelBlock, const N: usize>(
         let mut sums = [[_mm256_setzero_si256(); 2]; N];
         match block.quants() {
             Quants::Nibbles(words) => {
+                // Low nibbles of a word, then high ones: all four vectors at once would leave no register for the sums.
                 for (j, word) in words.iter().enumerate() {
-                    let w = [nibbles(load_word(word, 0)), nibbles(load_word(word, 1))];
+                    let low = [low_nibbles(load_word(word, 0)), low_nibbles(load_word(word, 1))];
                     for n in 0..N {
-                        let (x_low, x_high) = (broadcast(&x[n], j), broadcast(&x[n], j + 4));
+                        let x = broadcast(&x[n], j);
                         for half in 0..2 {
-                            let (low, high) = w[half];
-                            let sum = _mm256_add_epi16(sums[n][half], _mm256_maddubs_epi16(low, x_low));
-                            sums[n][half] = hold(_mm256_add_epi16(sum, _mm256_maddubs_epi16(high, x_high)));
+                            sums[n][half] = hold(_mm256_add_epi16(sums[n][half], _mm256_maddubs_epi16(low[half], x)));
+                        }
+                    }
+                    let high = [high_nibbles(load_word(word, 0)), high_nibbles(load_word(word, 1))];
+                    for n in 0..N {
+                        let x = broadcast(&x[n], j + 4);
+                        for half in 0..2 {
+                            sums[n][half] = hold(_mm256_add_epi16(sums[n][half], _mm256_maddubs_epi16(high[half], x)));
                         }
                     }
                 }
@@ -299,8 +307,19 @@ fn floats<B: PanelBlock>(block: &B) -> ([__m256; 2], [__m256; 2]) {
 #[inline]
 #[target_feature(enable = "avx2")]
 fn nibbles(bytes: __m256i) -> (__m256i, __m256i) {
-    let mask = _mm256_set1_epi8(0x0f);
-    (_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), mask))
+    (low_nibbles(bytes), high_nibbles(bytes))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn low_nibbles(bytes: __m256i) -> __m256i {
+    _mm256_and_si256(bytes, _mm256_set1_epi8(0x0f))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn high_nibbles(bytes: __m256i) -> __m256i {
+    _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), _mm256_set1_epi8(0x0f))
 }
 
 /// Adds neighbours of 16-bit sums into 32 bits, times a factor.

@@ -197,9 +197,14 @@ fn prefetch_block<B: Packed>(unit: &B, b: usize) {
 /// Asks for the memory [`PREFETCH`] bytes after block `index` of a panel, which is in the panels that follow.
 #[inline(always)]
 fn prefetch_ahead<B>(panel: &[B], index: usize) {
-    let ahead = panel.as_ptr().wrapping_add(index).cast::<u8>().wrapping_add(PREFETCH);
+    prefetch_block(panel.as_ptr().wrapping_add(index).wrapping_byte_add(PREFETCH));
+}
+
+/// Asks for the lines of a block, which need not exist.
+#[inline(always)]
+fn prefetch_block<B>(block: *const B) {
     for line in 0..size_of::<B>().div_ceil(64) {
-        prefetch_line(ahead.wrapping_add(line * 64));
+        prefetch_line(block.cast::<u8>().wrapping_add(line * 64));
     }
 }
 
