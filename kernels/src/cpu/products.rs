@@ -59,7 +59,7 @@ pub(super) fn scratch_bytes(isa: Isa, cols: usize) -> usize {
 
         #[inline(always)]
         fn run<S: Simd>(self, _: S) -> usize {
-            S::scratch_bytes(self.0).max(S::packed_scratch(self.0))
+            S::scratch_bytes(self.0)
         }
     }
     dispatch(isa, ScratchBytes(cols))

@@ -13,16 +13,16 @@ use std::arch::x86_64::{
     _mm512_sub_epi32, _mm512_sub_ps,
 };
 
-use super::{Group, Lanes, PackedDot, TileActs, exact, prefetch_block};
+use super::{Group, IntDot, Lanes, PREFETCH, TileActs, exact, prefetch};
 use crate::cpu::simd::Avx512;
 use crate::format::ggml::BLOCK;
 use crate::format::pack::{Codes, IQ4_CODES, PANEL, Packed, Scales, Word, Zero, ZeroKind};
 
-impl PackedDot for Avx512 {
+impl IntDot for Avx512 {
     const TILE_ROWS: usize = 8;
 
     #[inline(always)]
-    fn packed<B: Packed>(self, panel: &[B], rows: Group<'_>, _: &mut [u8], out: &mut [Lanes]) {
+    fn panel<B: Packed>(self, panel: &[B], rows: Group<'_>, _: &mut [u8], out: &mut [Lanes]) {
         // SAFETY: `self` came from `detect`, which saw every one of these features.
         unsafe { any_rows(panel, rows, out) }
     }
@@ -33,10 +33,10 @@ fn any_rows<B: Packed>(panel: &[B], rows: Group<'_>, out: &mut [Lanes]) {
     for tile in rows.tiles() {
         let out = &mut out[tile.row - rows.first..][..tile.len];
         match tile.len {
-            8 => tile_of::<B, 8>(panel, rows.acts_of(tile), exact(out)),
-            4 => tile_of::<B, 4>(panel, rows.acts_of(tile), exact(out)),
-            2 => tile_of::<B, 2>(panel, rows.acts_of(tile), exact(out)),
-            _ => tile_of::<B, 1>(panel, rows.acts_of(tile), exact(out)),
+            8 => tile_of::<B, 8>(panel, rows.acts(tile), exact(out)),
+            4 => tile_of::<B, 4>(panel, rows.acts(tile), exact(out)),
+            2 => tile_of::<B, 2>(panel, rows.acts(tile), exact(out)),
+            _ => tile_of::<B, 1>(panel, rows.acts(tile), exact(out)),
         }
     }
 }
@@ -49,7 +49,7 @@ fn tile_of<B: Packed, const N: usize>(panel: &[B], acts: TileActs<'_, N>, out: &
     for (unit, acts) in panel.iter().zip(acts.split(B::BLOCKS)) {
         for b in 0..B::BLOCKS {
             if N <= 4 {
-                prefetch_block(unit, b);
+                prefetch(unit, b, PREFETCH);
             }
             let (x, [d_x, s_x], x_sums) = (&acts.quants[b], acts.scales[b], &acts.sums[b]);
             let w = words(unit.codes(b));
@@ -221,10 +221,12 @@ fn add_pairs(out: &mut [__m512i; 8], words: &[Word; 2], to: usize) {
     for (words, packed) in out.as_chunks_mut::<4>().0.iter_mut().zip(words) {
         let packed = load_word(packed);
         let (mask, shifted) = if to == 0 {
-            let shifted = [_mm512_srli_epi16::<2>(packed), _mm512_srli_epi16::<4>(packed), _mm512_srli_epi16::<6>(packed)];
+            let shifted =
+                [_mm512_srli_epi16::<2>(packed), _mm512_srli_epi16::<4>(packed), _mm512_srli_epi16::<6>(packed)];
             (0x03, [packed, shifted[0], shifted[1], shifted[2]])
         } else {
-            let shifted = [_mm512_slli_epi16::<4>(packed), _mm512_slli_epi16::<2>(packed), _mm512_srli_epi16::<2>(packed)];
+            let shifted =
+                [_mm512_slli_epi16::<4>(packed), _mm512_slli_epi16::<2>(packed), _mm512_srli_epi16::<2>(packed)];
             (0x30, [shifted[0], shifted[1], packed, shifted[2]])
         };
         for (word, pairs) in words.iter_mut().zip(shifted) {
@@ -240,7 +242,8 @@ fn add_bits(out: &mut [__m512i; 8], packed: &Word, to: usize) {
     // From bit `j` of each byte: what crosses from one byte to the next, the mask takes away.
     let packed = load_word(packed);
     let shifted = if to == 2 {
-        let up = [_mm512_slli_epi16::<2>(packed), _mm512_slli_epi16::<1>(packed), packed, _mm512_srli_epi16::<1>(packed)];
+        let up =
+            [_mm512_slli_epi16::<2>(packed), _mm512_slli_epi16::<1>(packed), packed, _mm512_srli_epi16::<1>(packed)];
         let down = [
             _mm512_srli_epi16::<2>(packed),
             _mm512_srli_epi16::<3>(packed),

@@ -12,16 +12,16 @@ use std::arch::asm;
 
 use half::f16;
 
-use super::{Group, Lanes, PackedDot, TileActs, TileQuants, exact, prefetch_block};
+use super::{Group, IntDot, Lanes, PREFETCH, TileActs, TileQuants, exact, prefetch};
 use crate::cpu::simd::Neon;
 use crate::format::ggml::BLOCK;
 use crate::format::pack::{Codes, IQ4_CODES, PANEL, Packed, Word, Zero, ZeroKind};
 
-impl PackedDot for Neon {
+impl IntDot for Neon {
     const TILE_ROWS: usize = 4;
 
     #[inline(always)]
-    fn packed<B: Packed>(self, panel: &[B], rows: Group<'_>, _: &mut [u8], out: &mut [Lanes]) {
+    fn panel<B: Packed>(self, panel: &[B], rows: Group<'_>, _: &mut [u8], out: &mut [Lanes]) {
         // SAFETY: `self` came from `detect`, which saw NEON and the dot product.
         unsafe { any_rows(panel, rows, out) }
     }
@@ -35,9 +35,9 @@ fn any_rows<B: Packed>(panel: &[B], rows: Group<'_>, out: &mut [Lanes]) {
     for tile in rows.tiles() {
         let out = &mut out[tile.row - rows.first..][..tile.len];
         match tile.len {
-            4 => tile_of::<B, 4>(panel, rows.acts_of(tile), exact(out)),
-            2 => tile_of::<B, 2>(panel, rows.acts_of(tile), exact(out)),
-            _ => tile_of::<B, 1>(panel, rows.acts_of(tile), exact(out)),
+            4 => tile_of::<B, 4>(panel, rows.acts(tile), exact(out)),
+            2 => tile_of::<B, 2>(panel, rows.acts(tile), exact(out)),
+            _ => tile_of::<B, 1>(panel, rows.acts(tile), exact(out)),
         }
     }
 }
@@ -48,7 +48,7 @@ fn tile_of<B: Packed, const N: usize>(panel: &[B], acts: TileActs<'_, N>, out: &
     *out = [[0.0; PANEL]; N];
     for (unit, acts) in panel.iter().zip(acts.split(B::BLOCKS)) {
         for b in 0..B::BLOCKS {
-            prefetch_block(unit, b);
+            prefetch(unit, b, PREFETCH);
             let (x, [d_x, s_x], x_sums) = (&acts.quants[b], acts.scales[b], &acts.sums[b]);
             for quarter in 0..QUARTERS {
                 let w = factors(unit, b, quarter);

@@ -40,14 +40,14 @@ pub(crate) use avx512::Avx512;
 pub(crate) use neon::Neon;
 pub(crate) use scalar::Scalar;
 
-use super::gemm::{IntDot, PackedDot};
+use super::gemm::IntDot;
 use super::isa::Isa;
 
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 16;
 
 /// The operations of one instruction set on vectors of 16 f32 lanes.
-pub(crate) trait Simd: IntDot + PackedDot + Send + Sync {
+pub(crate) trait Simd: IntDot + Send + Sync {
     /// Sixteen f32 lanes.
     type V: Copy;
 

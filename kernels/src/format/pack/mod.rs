@@ -29,8 +29,8 @@ use half::f16;
 use super::WeightType;
 use super::ggml::{BLOCK, IQ4_VALUES};
 use crate::memory::{Plain, cast, cast_mut};
-pub(crate) use simple::{Iq4Nlx16, Offset, PanelBlock, Q4_0x16, Q4_1x16, Q5_0x16, Q5_1x16, Q8_0x16, Quants};
-pub(crate) use superblocks::{Iq4Xsx16, Q2Kx16, Q3Kx16, Q4Kx16, Q5Kx16, Q6Kx16};
+use simple::{Iq4Nlx16, Q4_0x16, Q4_1x16, Q5_0x16, Q5_1x16, Q8_0x16};
+use superblocks::{Iq4Xsx16, Q2Kx16, Q3Kx16, Q4Kx16, Q5Kx16, Q6Kx16};
 
 /// Output rows of a panel.
 pub(crate) const PANEL: usize = 16;
