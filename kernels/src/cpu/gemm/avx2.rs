@@ -21,7 +21,7 @@
 
 use std::arch::asm;
 use std::arch::x86_64::{
-    __m256, __m256i, _mm_loadl_epi64, _mm_loadu_si128, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256,
+    __m128i, __m256, __m256i, _mm_loadl_epi64, _mm_loadu_si128, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256,
     _mm256_broadcastq_epi64, _mm256_broadcastsi128_si256, _mm256_cvtepi8_epi16, _mm256_cvtepi32_ps,
     _mm256_cvtepu8_epi16, _mm256_cvtepu8_epi32, _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
     _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_mullo_epi16, _mm256_or_si256, _mm256_set1_epi8,
@@ -369,8 +369,8 @@ fn dots<B: Packed, const N: usize, const H: usize>(
         let mut run = sums;
         each_group!(j => {
             let mut words = [_mm256_setzero_si256(); H];
-            for h in 0..H {
-                words[h] = codes(j, h)[0];
+            for (h, word) in words.iter_mut().enumerate() {
+                [*word, _] = codes(j, h);
             }
             for n in 0..N {
                 let x = broadcast(&x[n], j);
@@ -378,7 +378,7 @@ fn dots<B: Packed, const N: usize, const H: usize>(
                     run[n][h] = hold(_mm256_add_epi16(run[n][h], _mm256_maddubs_epi16(words[h], x)));
                 }
             }
-            if (j + 1) % run_words::<B>() == 0 {
+            if (j + 1).is_multiple_of(run_words::<B>()) {
                 for n in 0..N {
                     for h in 0..H {
                         sums[n][h] = _mm256_add_epi32(sums[n][h], _mm256_madd_epi16(run[n][h], scales[h][j / 4]));
@@ -466,7 +466,7 @@ fn both_sums([low, high]: [i16; 2]) -> __m256i {
 /// Pairs of equal numbers from 8 signed bytes, which lie in each half of the vector.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn both(bytes: std::arch::x86_64::__m128i) -> __m256i {
+fn both(bytes: __m128i) -> __m256i {
     const Z: i8 = -128;
     // Each byte to the upper half of two 16-bit places, then down with its sign.
     let places = _mm256_setr_epi8(
@@ -488,21 +488,21 @@ fn each_of(pairs: __m256i) -> [__m256i; 2] {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load_8(bytes: &[u8; 8]) -> std::arch::x86_64::__m128i {
+fn load_8(bytes: &[u8; 8]) -> __m128i {
     // SAFETY: the array holds 8 bytes.
     unsafe { _mm_loadl_epi64(bytes.as_ptr().cast()) }
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load_16(bytes: &[[u8; 2]; 8]) -> std::arch::x86_64::__m128i {
+fn load_16(bytes: &[[u8; 2]; 8]) -> __m128i {
     // SAFETY: the array holds 16 bytes.
     unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load_table(bytes: &[u8; 16]) -> std::arch::x86_64::__m128i {
+fn load_table(bytes: &[u8; 16]) -> __m128i {
     // SAFETY: the array holds 16 bytes.
     unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
 }

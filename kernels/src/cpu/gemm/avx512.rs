@@ -9,8 +9,8 @@ use std::arch::x86_64::{
     _mm512_broadcast_i32x4, _mm512_cvtepi8_epi32, _mm512_cvtepi16_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32,
     _mm512_cvtph_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_mullo_epi32,
     _mm512_or_si512, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512,
-    _mm512_shuffle_epi8, _mm512_slli_epi16, _mm512_srai_epi32, _mm512_srli_epi16, _mm512_srli_epi32, _mm512_storeu_ps,
-    _mm512_sub_epi32, _mm512_sub_ps,
+    _mm512_shuffle_epi8, _mm512_slli_epi16, _mm512_slli_epi32, _mm512_srai_epi32, _mm512_srli_epi16, _mm512_srli_epi32,
+    _mm512_storeu_ps, _mm512_sub_epi32, _mm512_sub_ps,
 };
 
 use super::{Group, IntDot, Lanes, PREFETCH, TileActs, exact, prefetch};
@@ -58,10 +58,10 @@ fn tile_of<B: Packed, const N: usize>(panel: &[B], acts: TileActs<'_, N>, out: &
             // Two chains for each row where their sums are wanted apart, or where one would wait for its own result.
             let mut high = [_mm512_setzero_si512(); N];
             let two = B::SHAPE.scales == 2 || N <= 2;
-            for j in 0..8 {
+            for (j, w) in w.into_iter().enumerate() {
                 for n in 0..N {
                     let chain = if two && j >= 4 { &mut high[n] } else { &mut low[n] };
-                    *chain = _mm512_dpbusd_epi32(*chain, w[j], broadcast(&x[n], j));
+                    *chain = _mm512_dpbusd_epi32(*chain, w, broadcast(&x[n], j));
                 }
             }
             for n in 0..N {
@@ -112,7 +112,7 @@ fn factors<B: Packed>(unit: &B, b: usize) -> Factors {
         Scales::Halves(scales) => {
             // Pairs of bytes as 16 bits, then as 32: the first scale is the low byte, the second the high one.
             let pairs = load_pairs(&scales.map(|pair| pair.map(i8::cast_unsigned)));
-            let first = _mm512_srai_epi32::<24>(std::arch::x86_64::_mm512_slli_epi32::<24>(pairs));
+            let first = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(pairs));
             ([first, _mm512_srai_epi32::<8>(pairs)], none)
         }
         Scales::LowNibbles(packed) => {

@@ -5,15 +5,13 @@
 
 use std::arch::aarch64::{
     float32x4_t, int8x16_t, int32x4_t, uint8x16_t, vaddq_s32, vandq_u8, vcvtq_f32_s32, vdupq_n_f32, vdupq_n_s32,
-    vdupq_n_u8, veorq_u8, vfmaq_f32, vld1q_f32, vld1q_s32, vld1q_u8, vmulq_f32, vmulq_n_s32, vmulq_s32, vnegq_f32,
-    vorrq_u8, vqtbl1q_u8, vreinterpretq_s8_s32, vreinterpretq_s8_u8, vshlq_n_u8, vshrq_n_u8, vst1q_f32, vsubq_s32,
+    vdupq_n_u8, veorq_u8, vfmaq_f32, vld1q_f32, vld1q_s32, vld1q_u8, vmulq_f32, vmulq_n_s32, vmulq_s32, vorrq_u8,
+    vqtbl1q_u8, vreinterpretq_s8_s32, vreinterpretq_s8_u8, vshlq_n_u8, vshrq_n_u8, vst1q_f32, vsubq_s32,
 };
 use std::arch::asm;
 
-use half::f16;
-
 use super::{Group, IntDot, Lanes, PREFETCH, TileActs, TileQuants, exact, prefetch};
-use crate::cpu::simd::Neon;
+use crate::cpu::simd::{Neon, Simd};
 use crate::format::ggml::BLOCK;
 use crate::format::pack::{Codes, IQ4_CODES, PANEL, Packed, Word, Zero, ZeroKind};
 
@@ -23,7 +21,7 @@ impl IntDot for Neon {
     #[inline(always)]
     fn panel<B: Packed>(self, panel: &[B], rows: Group<'_>, _: &mut [u8], out: &mut [Lanes]) {
         // SAFETY: `self` came from `detect`, which saw NEON and the dot product.
-        unsafe { any_rows(panel, rows, out) }
+        unsafe { any_rows(self, panel, rows, out) }
     }
 }
 
@@ -31,40 +29,42 @@ impl IntDot for Neon {
 const QUARTERS: usize = 4;
 
 #[target_feature(enable = "neon,dotprod")]
-fn any_rows<B: Packed>(panel: &[B], rows: Group<'_>, out: &mut [Lanes]) {
+fn any_rows<B: Packed>(s: Neon, panel: &[B], rows: Group<'_>, out: &mut [Lanes]) {
     for tile in rows.tiles() {
         let out = &mut out[tile.row - rows.first..][..tile.len];
         match tile.len {
-            4 => tile_of::<B, 4>(panel, rows.acts(tile), exact(out)),
-            2 => tile_of::<B, 2>(panel, rows.acts(tile), exact(out)),
-            _ => tile_of::<B, 1>(panel, rows.acts(tile), exact(out)),
+            4 => tile_of::<B, 4>(s, panel, rows.acts(tile), exact(out)),
+            2 => tile_of::<B, 2>(s, panel, rows.acts(tile), exact(out)),
+            _ => tile_of::<B, 1>(s, panel, rows.acts(tile), exact(out)),
         }
     }
 }
 
 /// Multiplies a panel with one tile.
 #[target_feature(enable = "neon,dotprod")]
-fn tile_of<B: Packed, const N: usize>(panel: &[B], acts: TileActs<'_, N>, out: &mut [Lanes; N]) {
+fn tile_of<B: Packed, const N: usize>(s: Neon, panel: &[B], acts: TileActs<'_, N>, out: &mut [Lanes; N]) {
     *out = [[0.0; PANEL]; N];
     for (unit, acts) in panel.iter().zip(acts.split(B::BLOCKS)) {
         for b in 0..B::BLOCKS {
             prefetch(unit, b, PREFETCH);
             let (x, [d_x, s_x], x_sums) = (&acts.quants[b], acts.scales[b], &acts.sums[b]);
-            for quarter in 0..QUARTERS {
-                let w = factors(unit, b, quarter);
+            let (d, offset) = floats(s, unit, b);
+            for (quarter, (d, offset)) in d.into_iter().zip(offset).enumerate() {
+                let ints = ints(unit, b, quarter);
                 let sums = dots::<B, N>(unit.codes(b), quarter, x, x_sums);
                 for n in 0..N {
                     let lanes = &mut out[n].as_chunks_mut::<4>().0[quarter];
                     let x_sums = x_sums[n].map(i32::from);
-                    let sum = scaled::<B>(sums[n], &w, x_sums);
+                    let sum = scaled::<B>(sums[n], &ints, x_sums);
                     let mut acc = load_f32(lanes);
-                    acc = vfmaq_f32(acc, vcvtq_f32_s32(sum), vmulq_f32(w.d, vdupq_n_f32(d_x[n])));
+                    acc = vfmaq_f32(acc, vcvtq_f32_s32(sum), vmulq_f32(d, vdupq_n_f32(d_x[n])));
                     acc = match B::SHAPE.zero {
-                        ZeroKind::Float => vfmaq_f32(acc, w.offset, vdupq_n_f32(s_x[n])),
+                        ZeroKind::Float => vfmaq_f32(acc, offset, vdupq_n_f32(s_x[n])),
                         ZeroKind::Codes => acc,
                         ZeroKind::Mins => {
-                            let mins = vaddq_s32(vmulq_n_s32(w.mins[0], x_sums[0]), vmulq_n_s32(w.mins[1], x_sums[1]));
-                            vfmaq_f32(acc, vcvtq_f32_s32(mins), vmulq_f32(w.offset, vdupq_n_f32(d_x[n])))
+                            let [low, high] = [0, 1].map(|half| vmulq_n_s32(ints.mins[half], x_sums[half]));
+                            let mins = vcvtq_f32_s32(vaddq_s32(low, high));
+                            vfmaq_f32(acc, mins, vmulq_f32(offset, vdupq_n_f32(d_x[n])))
                         }
                     };
                     // SAFETY: the array holds 4 floats.
@@ -75,14 +75,25 @@ fn tile_of<B: Packed, const N: usize>(panel: &[B], acts: TileActs<'_, N>, out: &
     }
 }
 
-/// What the codes of a block's 4 rows are multiplied with.
-struct Factors {
-    d: float32x4_t,
-    /// Times the scaled sum of the activations, or times `d_x` for [`ZeroKind::Mins`].
-    offset: float32x4_t,
-    /// Of the first and the last 16 columns.
+/// Scales of a block's rows, and what is multiplied with the scaled sum of the activations (with `d_x` for
+/// [`ZeroKind::Mins`]), by quarters.
+#[inline]
+#[target_feature(enable = "neon")]
+fn floats<B: Packed>(s: Neon, unit: &B, b: usize) -> ([float32x4_t; QUARTERS], [float32x4_t; QUARTERS]) {
+    let d = s.load_f16(unit.d());
+    let offset = match unit.zero(b) {
+        Zero::Code(z) => s.mul(d, s.splat(-f32::from(z))),
+        Zero::Add(m) => s.load_f16(m),
+        Zero::Mins(dmin, mins) => s.mul(s.sub(s.splat(0.0), s.load_f16(dmin)), s.load(&mins.map(f32::from))),
+        Zero::HighNibbles(dmin, _) => s.sub(s.splat(0.0), s.load_f16(dmin)),
+    };
+    (d.0, offset.0)
+}
+
+/// Whole numbers of a block's 4 rows, each for the first and the last 16 columns.
+struct Ints {
     scales: [int32x4_t; 2],
-    /// Of the first and the last 16 columns, for [`ZeroKind::Mins`].
+    /// For [`ZeroKind::Mins`].
     mins: [int32x4_t; 2],
     /// The code of zero, for [`ZeroKind::Codes`].
     code: i32,
@@ -90,36 +101,25 @@ struct Factors {
 
 #[inline]
 #[target_feature(enable = "neon")]
-fn factors<B: Packed>(unit: &B, b: usize, quarter: usize) -> Factors {
+fn ints<B: Packed>(unit: &B, b: usize, quarter: usize) -> Ints {
     let lanes = [0, 1, 2, 3].map(|row| quarter * 4 + row);
-    let halves = |halves: &[u16; PANEL]| load_f32(&lanes.map(|lane| f16::from_bits(halves[lane]).to_f32()));
-    let d = halves(unit.d());
     let scales = lanes.map(|lane| unit.scales(b).lane(lane).map(i32::from));
-    let none = [vdupq_n_s32(0); 2];
-    let (mut mins, mut code) = (none, 0);
-    let offset = match unit.zero(b) {
-        Zero::Code(z) if B::SHAPE.scales == 0 => vmulq_f32(d, vdupq_n_f32(-f32::from(z))),
-        Zero::Code(z) => {
-            code = i32::from(z);
-            vdupq_n_f32(0.0)
-        }
-        Zero::Add(m) => halves(m),
-        Zero::Mins(dmin, mins) => {
-            vmulq_f32(vnegq_f32(halves(dmin)), load_f32(&lanes.map(|lane| f32::from(mins[lane]))))
-        }
-        Zero::HighNibbles(dmin, packed) => {
-            mins = [0, 1].map(|half| load_i32(&lanes.map(|lane| i32::from(packed[lane][half] >> 4))));
-            vnegq_f32(halves(dmin))
-        }
-    };
     let scales = [0, 1].map(|half| load_i32(&scales.map(|scales| scales[half])));
-    Factors { d, offset, scales, mins, code }
+    let none = Ints { scales, mins: [vdupq_n_s32(0); 2], code: 0 };
+    match unit.zero(b) {
+        Zero::Code(z) => Ints { code: i32::from(z), ..none },
+        Zero::HighNibbles(_, packed) => {
+            let mins = [0, 1].map(|half| load_i32(&lanes.map(|lane| i32::from(packed[lane][half] >> 4))));
+            Ints { mins, ..none }
+        }
+        Zero::Add(_) | Zero::Mins(..) => none,
+    }
 }
 
 /// The integer sum of a block from those of its 16 columns: scaled, and with zero where the type has it.
 #[inline]
 #[target_feature(enable = "neon")]
-fn scaled<B: Packed>([low, high]: [int32x4_t; 2], w: &Factors, x_sums: [i32; 2]) -> int32x4_t {
+fn scaled<B: Packed>([low, high]: [int32x4_t; 2], w: &Ints, x_sums: [i32; 2]) -> int32x4_t {
     if B::SHAPE.scales == 0 {
         return vaddq_s32(low, high);
     }
