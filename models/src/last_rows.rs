@@ -36,7 +36,7 @@ impl LastRows {
         let mut source = None;
         let mut before = None;
         for (to, &row) in (0..).zip(&batch.outputs) {
-            while !source.is_some_and(|span: &SeqSpan| row < span.row0 + span.rows) {
+            while source.is_none_or(|span: &SeqSpan| row >= span.row0 + span.rows) {
                 source = Some(spans.next().expect("every output row lies in a span"));
                 before = None;
             }

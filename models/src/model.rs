@@ -121,7 +121,7 @@ fn open_folder(folder: &Path) -> Result<Model> {
     let config = HfConfig::read(&folder.join("config.json"))?;
     let settings = HfConfig::read_optional(&folder.join("tokenizer_config.json"))?;
     let generation = HfConfig::read_optional(&folder.join("generation_config.json"))?;
-    let spec = arch::from_config(&config)?;
+    let mut spec = arch::from_config(&config)?;
     let eos = match &generation {
         Some(generation) => generation.token_ids("eos_token_id")?,
         None => Vec::new(),
@@ -133,6 +133,7 @@ fn open_folder(folder: &Path) -> Result<Model> {
         None => None,
     };
     let (weights, files) = safetensors::open_folder(folder)?;
+    arch::respell(&mut spec, &weights);
     arch::check_tensors(&spec, &weights, folder)?;
     let info = info(folder, &files, &spec, &weights, &tokenizer)?;
     let generation = match &generation {

@@ -73,7 +73,7 @@ pub struct SlidingSpec {
 }
 
 /// Names of the tensors. `{}` stands for the layer's number.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TensorNames {
     /// Token embedding, `[vocab, hidden]`.
     pub embedding: &'static str,

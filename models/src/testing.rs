@@ -2,7 +2,7 @@
 //!
 //! Both writers give the same network for the same seed: two layers, 64 wide, four heads of 16 dimensions in two
 //! key/value groups, a feed-forward layer of 128, and a byte-level tokenizer of 300 tokens with a chat template. What a
-//! GGUF file in F32 computes, the safetensors folder in F32 computes too.
+//! GGUF file in F32 computes, the safetensors folder in F32 computes too. [`gemma`] has the same for Gemma 3.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -13,10 +13,12 @@ use safetensors::tensor::TensorView;
 use serde_json::json;
 
 use crate::arch::{GGUF_NAMES, HF_NAMES};
-use crate::hub::{Hub, default_entry};
+use crate::hub::{Hub, default_entry, find};
 use crate::spec::TensorNames;
 use crate::tokenizer::bpe::byte_characters;
 use crate::weights::writer::{GgufWriter, Item, encode};
+
+pub mod gemma;
 
 /// Layers of a tiny model.
 pub const LAYERS: usize = 2;
@@ -93,6 +95,16 @@ pub fn real_model() -> Option<PathBuf> {
     found
 }
 
+/// The real Gemma 3 for tests: `CUPOLA_TEST_GEMMA`, or the catalog's when it has been fetched. `None` after saying so.
+pub fn real_gemma() -> Option<PathBuf> {
+    let named = std::env::var_os("CUPOLA_TEST_GEMMA").map(PathBuf::from).filter(|path| path.exists());
+    let found = named.or_else(|| Hub::from_env().cached(find("gemma-3-270m")?));
+    if found.is_none() {
+        eprintln!("SKIPPED: no Gemma here; run `cargo run --release -- pull gemma-3-270m` or set CUPOLA_TEST_GEMMA");
+    }
+    found
+}
+
 /// Writes `tiny.gguf` into a folder, matrices in `ty`, everything else in F32. The output head is the embedding.
 ///
 /// # Panics
@@ -110,7 +122,20 @@ pub fn tiny_gguf(folder: &Path, ty: WeightType, seed: u64) -> PathBuf {
 /// When a file cannot be written or `ty` is a block format.
 pub fn tiny_safetensors(folder: &Path, ty: WeightType, seed: u64) -> PathBuf {
     let folder = folder.join("tiny");
-    std::fs::create_dir_all(&folder).expect("the folder takes a folder");
+    write_folder(&folder, ty, tensors(&HF_NAMES, seed), &config_json());
+    let write = |name: &str, json: serde_json::Value| {
+        std::fs::write(folder.join(name), json.to_string()).expect("the folder takes a file");
+    };
+    write("generation_config.json", json!({"eos_token_id": [EOS, 0], "temperature": 0.7}));
+    let settings =
+        json!({"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "chat_template": TEMPLATE});
+    write("tokenizer_config.json", settings);
+    folder
+}
+
+/// Writes weights, `config.json` and `tokenizer.json`.
+fn write_folder(folder: &Path, ty: WeightType, tensors: Vec<Random>, config: &serde_json::Value) {
+    std::fs::create_dir_all(folder).expect("the folder takes a folder");
     let dtype = match ty {
         WeightType::F32 => Dtype::F32,
         WeightType::F16 => Dtype::F16,
@@ -118,20 +143,15 @@ pub fn tiny_safetensors(folder: &Path, ty: WeightType, seed: u64) -> PathBuf {
         other => panic!("safetensors has no {}", other.name()),
     };
     let tensors: Vec<(String, Vec<usize>, Vec<u8>)> =
-        tensors(&HF_NAMES, seed).into_iter().map(|t| (t.name, t.shape, encode(ty, &t.values))).collect();
+        tensors.into_iter().map(|t| (t.name, t.shape, encode(ty, &t.values))).collect();
     let views = tensors.iter().map(|(name, shape, data)| {
         (name.as_str(), TensorView::new(dtype, shape.clone(), data).expect("data of this shape"))
     });
     let bytes = safetensors::serialize(views, None).expect("valid tensors");
     let write = |name: &str, bytes: &[u8]| std::fs::write(folder.join(name), bytes).expect("the folder takes a file");
     write("model.safetensors", &bytes);
-    write("config.json", config_json().to_string().as_bytes());
-    write("generation_config.json", json!({"eos_token_id": [EOS, 0], "temperature": 0.7}).to_string().as_bytes());
+    write("config.json", config.to_string().as_bytes());
     write("tokenizer.json", tokenizer_json().to_string().as_bytes());
-    let settings =
-        json!({"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "chat_template": TEMPLATE});
-    write("tokenizer_config.json", settings.to_string().as_bytes());
-    folder
 }
 
 /// The GGUF file of [`tiny_gguf`], before it is written: tests of bad files start from it.
@@ -151,6 +171,16 @@ pub(crate) fn tiny_writer(ty: WeightType, seed: u64) -> GgufWriter {
     }
     file.key("llama.attention.layer_norm_rms_epsilon", Item::F32(1e-5))
         .key("llama.rope.freq_base", Item::F32(10_000.0));
+    tokenizer_keys(&mut file).text("tokenizer.chat_template", TEMPLATE);
+    for tensor in tensors(&GGUF_NAMES, seed) {
+        let ty = if tensor.shape.len() == 1 { WeightType::F32 } else { ty };
+        let values = if tensor.turned { interleave(&tensor.values) } else { tensor.values };
+        file.tensor(&tensor.name, &tensor.shape, ty, &values);
+    }
+    file
+}
+
+fn tokenizer_keys(file: &mut GgufWriter) -> &mut GgufWriter {
     let kinds = (0..VOCAB).map(|id| if id < SPECIALS.len() { 3 } else { 1 }).collect();
     file.text("tokenizer.ggml.model", "gpt2")
         .text("tokenizer.ggml.pre", "smollm")
@@ -160,13 +190,6 @@ pub(crate) fn tiny_writer(ty: WeightType, seed: u64) -> GgufWriter {
         .u32("tokenizer.ggml.bos_token_id", 1)
         .u32("tokenizer.ggml.eos_token_id", EOS)
         .key("tokenizer.ggml.add_bos_token", Item::Bool(false))
-        .text("tokenizer.chat_template", TEMPLATE);
-    for tensor in tensors(&GGUF_NAMES, seed) {
-        let ty = if tensor.shape.len() == 1 { WeightType::F32 } else { ty };
-        let values = if tensor.turned { interleave(&tensor.values) } else { tensor.values };
-        file.tensor(&tensor.name, &tensor.shape, ty, &values);
-    }
-    file
 }
 
 /// Special tokens, the 256 bytes, then what the merges make.

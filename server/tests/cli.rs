@@ -15,6 +15,25 @@ fn scratch(name: &str) -> PathBuf {
     folder
 }
 
+/// A model without a chat template.
+fn base_model() -> &'static str {
+    static MODEL: OnceLock<String> = OnceLock::new();
+    MODEL.get_or_init(|| {
+        let path = testing::gemma::tiny_gguf(&scratch("model"), WeightType::Q8_0, 1);
+        path.to_str().expect("a UTF-8 path").to_owned()
+    })
+}
+
+/// A file with a chat template.
+fn template() -> &'static str {
+    static FILE: OnceLock<String> = OnceLock::new();
+    FILE.get_or_init(|| {
+        let path = scratch("model").join("template.jinja");
+        std::fs::write(&path, testing::TEMPLATE).expect("a scratch file");
+        path.to_str().expect("a UTF-8 path").to_owned()
+    })
+}
+
 fn tiny_model() -> &'static str {
     static MODEL: OnceLock<String> = OnceLock::new();
     MODEL.get_or_init(|| {
@@ -73,7 +92,11 @@ struct Served {
 
 impl Served {
     fn start(args: &[&str]) -> Self {
-        let mut all = vec!["serve", tiny_model(), "--port", "0"];
+        Self::with(tiny_model(), args)
+    }
+
+    fn with(model: &str, args: &[&str]) -> Self {
+        let mut all = vec!["serve", model, "--port", "0"];
         all.extend(args);
         let mut child = cupola(&all).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary runs");
         let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
@@ -85,6 +108,24 @@ impl Served {
         let line = line.expect("UTF-8");
         let url = line.strip_prefix("listening on ").unwrap_or_else(|| panic!("unexpected first line: {line}"));
         Self { url: url.to_owned(), child }
+    }
+
+    /// Posts JSON and returns the status line and the body.
+    fn post(&self, path: &str, body: &Value) -> (String, Value) {
+        let host = self.url.trim_start_matches("http://");
+        let mut socket = std::net::TcpStream::connect(host).expect("the server accepts");
+        let body = body.to_string();
+        let length = body.len();
+        let request = format!(
+            "POST {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Type: application/json\r\n\
+             Content-Length: {length}\r\n\r\n{body}"
+        );
+        socket.write_all(request.as_bytes()).expect("the server reads");
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).expect("UTF-8");
+        let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
+        let status = head.lines().next().expect("a status line").to_owned();
+        (status, serde_json::from_str(body).expect("a JSON body"))
     }
 }
 
@@ -185,6 +226,56 @@ fn run_answers_a_prompt_from_argument_or_pipe() {
 
     let empty = fed(&["run", tiny_model()], " \n");
     assert_eq!(empty.status.code(), Some(2), "{}", text(&empty.stderr));
+}
+
+#[test]
+fn a_base_model_says_that_it_has_no_chat_template() {
+    let flags = ["--temperature", "0", "--max-tokens", "4"];
+    let call = |more: &[&str]| {
+        let mut args = vec!["run", base_model(), "hello"];
+        args.extend(flags);
+        args.extend(more);
+        run(&args)
+    };
+    let plain = call(&[]);
+    let said = text(&plain.stderr);
+    assert!(
+        said.starts_with("note: gemma has no chat template and") && said.contains("--chat-template FILE"),
+        "{said}"
+    );
+    let raw = call(&["--raw"]);
+    assert_eq!((stdout(&plain), text(&raw.stderr)), (stdout(&raw), String::new()), "--raw says that it is meant");
+    let json = |output: &Output| serde_json::from_str::<Value>(&stdout(output)).expect("JSON");
+    let templated = call(&["--json", "--chat-template", template()]);
+    assert_eq!(text(&templated.stderr), "");
+    let tokens = |output: &Output| json(output)["prompt_tokens"].as_u64().expect("a number");
+    assert!(tokens(&templated) > tokens(&call(&["--json", "--raw"])), "the template is part of the prompt");
+    let chat = fed(&["run", base_model(), "-i", "--max-tokens", "2"], "hello\n");
+    assert!(text(&chat.stderr).contains("each line is continued on its own"), "{}", text(&chat.stderr));
+
+    let broken = scratch("model").join("broken.jinja");
+    std::fs::write(&broken, "{% if %}").expect("a scratch file");
+    for (file, part) in [(broken.to_str().expect("UTF-8"), "chat template"), ("./no.jinja", "no.jinja")] {
+        let refused = call(&["--chat-template", file]);
+        assert_eq!(refused.status.code(), Some(1));
+        assert!(text(&refused.stderr).contains(part), "{}", text(&refused.stderr));
+    }
+}
+
+#[test]
+fn a_base_model_serves_completions_and_chat_once_it_has_a_template() {
+    let chat = serde_json::json!({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2});
+    let completion = serde_json::json!({"prompt": "hi", "max_tokens": 2});
+    let server = Served::with(base_model(), &["--max-num-seqs", "2"]);
+    let (status, body) = server.post("/v1/chat/completions", &chat);
+    assert!(status.contains(" 400 "), "{status}");
+    assert_eq!(body["error"]["code"], "no_chat_template");
+    assert!(body["error"]["message"].as_str().expect("text").contains("--chat-template FILE"), "{body}");
+    assert!(server.post("/v1/completions", &completion).0.contains(" 200 "));
+    drop(server);
+    let server = Served::with(base_model(), &["--max-num-seqs", "2", "--chat-template", template()]);
+    let (status, body) = server.post("/v1/chat/completions", &chat);
+    assert!(status.contains(" 200 ") && body["choices"][0]["message"]["content"].is_string(), "{status} {body}");
 }
 
 #[test]

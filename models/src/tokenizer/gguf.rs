@@ -2,17 +2,15 @@
 
 use std::borrow::Cow;
 
+use tokenizers::AddedToken;
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
-use tokenizers::normalizers::{NFC, Prepend, Replace, Sequence};
-use tokenizers::{AddedToken, NormalizerWrapper};
+use tokenizers::normalizers::NFC;
 
 use super::bpe::{ByteAlphabet, pre_tokenizer};
-use super::{Specials, TokenTable, Tokenizer, library, spm};
+use super::spm::{self, Pieces, Role};
+use super::{MAX_VOCAB, Specials, TokenTable, Tokenizer, library};
 use crate::error::{Error, Result};
 use crate::weights::gguf::Gguf;
-
-/// Tokens of a vocabulary; more is taken for a damaged file.
-const MAX_VOCAB: usize = 1 << 24;
 
 /// `tokenizer.ggml.token_type` of each token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,10 +58,12 @@ pub(crate) fn from_gguf(gguf: &Gguf) -> Result<Tokenizer> {
 fn entries(gguf: &Gguf) -> Result<Entries<'_>> {
     let key = "tokenizer.ggml.tokens";
     let texts = gguf.texts(key)?.ok_or_else(|| gguf.missing(key))?;
-    if texts.len() == 0 || texts.len() > MAX_VOCAB {
-        return Err(gguf.format(format!("{key} has {} entries, expected 1 to {MAX_VOCAB}", texts.len())));
+    if texts.len() == 0 || texts.len() >= MAX_VOCAB {
+        return Err(gguf.format(format!("{key} has {} entries, expected 1 to {}", texts.len(), MAX_VOCAB - 1)));
     }
-    let texts: Vec<Cow<'_, str>> = texts.map(String::from_utf8_lossy).collect();
+    // Almost all of them are UTF-8, which is quicker to see than to repair.
+    let text = |bytes| std::str::from_utf8(bytes).map_or_else(|_| String::from_utf8_lossy(bytes), Cow::Borrowed);
+    let texts: Vec<Cow<'_, str>> = texts.map(text).collect();
     let same_length = |key: &str, len: usize| {
         if len == texts.len() {
             return Ok(());
@@ -104,21 +104,20 @@ impl Entries<'_> {
         vocab
     }
 
-    /// Tokens that are cut out of a text before anything else happens to it.
-    fn added(&self) -> Vec<AddedToken> {
+    /// Tokens that are cut out of a text before anything else happens to it, with their ids.
+    fn added(&self) -> impl Iterator<Item = (u32, AddedToken)> {
         let special = |kind| matches!(kind, Kind::Control | Kind::Unknown);
-        let chosen = |kind: Kind| special(kind) || kind == Kind::UserDefined;
-        self.texts
-            .iter()
-            .zip(&self.kinds)
-            .filter(|(text, kind)| chosen(**kind) && !text.is_empty())
-            .map(|(text, kind)| AddedToken::from(text.clone(), special(*kind)).normalized(false))
-            .collect()
+        let chosen = move |kind: Kind| special(kind) || kind == Kind::UserDefined;
+        (0..)
+            .zip(self.texts.iter().zip(&self.kinds))
+            .filter(move |(_, (text, kind))| chosen(**kind) && !text.is_empty())
+            .map(move |(id, (text, kind))| (id, AddedToken::from(text.clone(), special(*kind)).normalized(false)))
     }
 
     /// The byte table; `ordinary` gives the bytes of a normal token.
-    fn table(&self, mut ordinary: impl FnMut(&str) -> Vec<u8>) -> Result<TokenTable> {
-        let mut table = TokenTable::with_capacity(self.texts.len());
+    fn table<'t, B: AsRef<[u8]>>(&'t self, mut ordinary: impl FnMut(&'t str) -> B) -> Result<TokenTable> {
+        let bytes = self.texts.iter().map(|text| text.len()).sum();
+        let mut table = TokenTable::with_capacity(self.texts.len(), bytes);
         for (text, kind) in self.texts.iter().zip(&self.kinds) {
             match kind {
                 Kind::Control | Kind::Unknown => table.push(text.bytes(), true)?,
@@ -131,7 +130,7 @@ impl Entries<'_> {
                         )));
                     }
                 },
-                Kind::Normal | Kind::Unused => table.push(ordinary(text), false)?,
+                Kind::Normal | Kind::Unused => table.push(ordinary(text).as_ref().iter().copied(), false)?,
             }
         }
         Ok(table)
@@ -171,7 +170,7 @@ fn byte_level(gguf: &Gguf, entries: &Entries<'_>) -> Result<Tokenizer> {
         pipeline.with_normalizer(Some(NFC)).map_err(library)?;
     }
     pipeline.with_pre_tokenizer(Some(pre.splitter));
-    pipeline.add_special_tokens(entries.added()).map_err(library)?;
+    pipeline.add_special_tokens(entries.added().map(|(_, token)| token)).map_err(library)?;
 
     let alphabet = ByteAlphabet::new();
     let table = entries.table(|text| {
@@ -183,43 +182,32 @@ fn byte_level(gguf: &Gguf, entries: &Entries<'_>) -> Result<Tokenizer> {
         bytes
     })?;
     let specials = specials(gguf, entries, pre.bos)?;
-    Ok(Tokenizer::new(pipeline, table, specials, false))
+    Ok(Tokenizer::new(pipeline, table, None, specials, false))
 }
 
 fn sentence_piece(gguf: &Gguf, entries: &Entries<'_>) -> Result<Tokenizer> {
     let scores = entries.scores.as_ref().ok_or_else(|| gguf.missing("tokenizer.ggml.scores"))?;
-    let vocab = entries.vocab();
-    let pieces: Vec<(&str, f64)> = entries
-        .texts
-        .iter()
-        .zip(&entries.kinds)
-        .zip(scores)
-        .filter(|((_, kind), _)| **kind == Kind::Normal)
-        .map(|((text, _), score)| (&**text, *score))
-        .collect();
-    let merges = spm::merges(&pieces, &vocab);
-    let mut model = BPE::builder()
-        .vocab_and_merges(vocab, merges)
-        .byte_fallback(entries.kinds.contains(&Kind::Byte))
-        .fuse_unk(true);
-    if let Some(at) = entries.kinds.iter().position(|kind| *kind == Kind::Unknown) {
-        model = model.unk_token(entries.texts[at].clone().into_owned());
-    }
-    let mut pipeline = tokenizers::Tokenizer::new(model.build().map_err(library)?);
-
-    let space = spm::SPACE.to_string();
     let leading_space = gguf.boolean("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
-    let mut steps: Vec<NormalizerWrapper> = Vec::new();
-    if leading_space {
-        steps.push(Prepend::new(space.clone()).into());
-    }
-    steps.push(Replace::new(" ", space).map_err(library)?.into());
-    pipeline.with_normalizer(Some(Sequence::new(steps))).map_err(library)?;
-    pipeline.add_special_tokens(entries.added()).map_err(library)?;
+    // The library cuts out the added tokens and needs to know no others.
+    let mut vocab = Vocab::new();
+    entries.added().for_each(|(id, token)| _ = *vocab.entry(token.content).or_insert(id));
+    let model = BPE::builder().vocab_and_merges(vocab, Merges::new()).build().map_err(library)?;
+    let mut pipeline = tokenizers::Tokenizer::new(model);
+    pipeline.add_special_tokens(entries.added().map(|(_, token)| token)).map_err(library)?;
 
     let table = entries.table(spm::piece_bytes)?;
+    let roles = entries.texts.iter().zip(&entries.kinds).zip(scores).map(|((text, kind), score)| match kind {
+        // A space that stands for itself is in no text: those of a text are written otherwise here.
+        Kind::Normal | Kind::Unused if text.contains(' ') => Role::Other,
+        Kind::Normal => Role::Piece(*score as f32),
+        Kind::Unused => Role::Character,
+        Kind::Byte => spm::byte_token(text).map_or(Role::Other, Role::Byte),
+        Kind::Unknown => Role::Unknown,
+        Kind::Control | Kind::UserDefined => Role::Other,
+    });
+    let pieces = Pieces::new(&table, roles, leading_space);
     let specials = specials(gguf, entries, true)?;
-    Ok(Tokenizer::new(pipeline, table, specials, leading_space))
+    Ok(Tokenizer::new(pipeline, table, Some(pieces), specials, leading_space))
 }
 
 /// Reads which tokens begin and end texts; `bos_by_default` where the file does not say whether to add BOS.

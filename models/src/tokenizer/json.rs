@@ -5,12 +5,9 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::bpe::ByteAlphabet;
-use super::{Specials, TokenTable, Tokenizer, library, spm};
+use super::{MAX_VOCAB, Specials, TokenTable, Tokenizer, library, spm};
 use crate::config::{HfConfig, read_bounded};
 use crate::error::{Error, Result};
-
-/// Tokens of a vocabulary; more is taken for a damaged file.
-const MAX_VOCAB: u32 = 1 << 24;
 
 /// How the text of a vocabulary entry becomes bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +37,7 @@ pub(crate) fn from_folder(folder: &Path, settings: Option<&HfConfig>, eos: Vec<u
     let table = table(&pipeline, spelling, &path)?;
     let specials = specials(&pipeline, settings, eos)?;
     let strips = spelling == Spelling::SentencePiece { strips_leading_space: true };
-    Ok(Tokenizer::new(pipeline, table, specials, strips))
+    Ok(Tokenizer::new(pipeline, table, None, specials, strips))
 }
 
 /// Finds out from the decoder how entries are spelt.
@@ -75,7 +72,7 @@ fn table(pipeline: &tokenizers::Tokenizer, spelling: Spelling, path: &Path) -> R
     let mut entries: Vec<(u32, String)> = pipeline.get_vocab(true).into_iter().map(|(text, id)| (id, text)).collect();
     entries.sort_unstable();
     match entries.last() {
-        Some((last, _)) if *last < MAX_VOCAB => {}
+        Some((last, _)) if (*last as usize) < MAX_VOCAB => {}
         Some((last, _)) => {
             let what = format!("its highest token id is {last}, expected less than {MAX_VOCAB}");
             return Err(Error::Format { path: path.to_owned(), what });
@@ -84,7 +81,7 @@ fn table(pipeline: &tokenizers::Tokenizer, spelling: Spelling, path: &Path) -> R
     }
     let added = pipeline.get_added_tokens_decoder();
     let alphabet = ByteAlphabet::new();
-    let mut table = TokenTable::with_capacity(entries.len());
+    let mut table = TokenTable::with_capacity(entries.len(), entries.iter().map(|(_, text)| text.len()).sum());
     for (id, text) in entries {
         // Ids that the vocabulary skips stand for nothing.
         while table.len() < id as usize {
@@ -103,7 +100,7 @@ fn table(pipeline: &tokenizers::Tokenizer, spelling: Spelling, path: &Path) -> R
             Spelling::Bytes | Spelling::Literal => bytes = text.into_bytes(),
             Spelling::SentencePiece { .. } => match spm::byte_token(&text) {
                 Some(byte) => bytes.push(byte),
-                None => bytes = spm::piece_bytes(&text),
+                None => bytes.extend_from_slice(&spm::piece_bytes(&text)),
             },
         }
         table.push(bytes, false)?;

@@ -2,16 +2,17 @@
 //!
 //! ```text
 //!   tokenizer.json  --json--> \                         encode   special tokens cut out -> normalise -> split -> BPE
-//!                               pipeline + token table
+//!                               pipeline + token table           (SentencePiece from GGUF: -> joined by score)
 //!   GGUF keys       --gguf--> /                         decode   token table only: the bytes each token stands for
 //! ```
 //!
-//! Encoding is the work of the `tokenizers` crate. Decoding is ours: every token stands for fixed bytes, so an answer is
+//! Encoding is the work of the `tokenizers` crate, but for the joining of SentencePiece vocabularies, which come with
+//! scores where the crate wants a list of merges (see `spm.rs`). Decoding is ours: every token stands for fixed bytes, so an answer is
 //! the concatenation of its tokens' bytes, and a character split over tokens is put together by whoever holds them.
 
 use std::sync::Arc;
 
-use tokenizers::{AddedVocabulary, Model as _, OffsetType, PreTokenizer as _};
+use tokenizers::{AddedVocabulary, Model as _, NormalizerWrapper, OffsetReferential, OffsetType, PreTokenizer as _};
 
 use crate::error::{Error, Result};
 
@@ -25,6 +26,9 @@ mod tests;
 pub(crate) use gguf::from_gguf;
 pub(crate) use json::from_folder;
 
+/// Token ids are below this; a higher one is taken for a sign of a damaged file.
+const MAX_VOCAB: usize = 1 << 24;
+
 /// A tokenizer. Clones share everything.
 #[derive(Clone)]
 pub struct Tokenizer(Arc<Inner>);
@@ -34,6 +38,8 @@ struct Inner {
     /// The added tokens of `pipeline`, but blind to special ones: for text that must not smuggle any in.
     plain: AddedVocabulary,
     table: TokenTable,
+    /// Present: it takes the place of the pipeline's normalizer, splitter and model.
+    pieces: Option<spm::Pieces>,
     specials: Specials,
     strips_leading_space: bool,
 }
@@ -58,12 +64,9 @@ pub(crate) struct TokenTable {
 }
 
 impl TokenTable {
-    pub(crate) fn with_capacity(tokens: usize) -> Self {
-        Self {
-            bytes: Vec::with_capacity(8 * tokens),
-            ends: Vec::with_capacity(tokens),
-            special: Vec::with_capacity(tokens),
-        }
+    /// Room for so many tokens of so many bytes in all.
+    pub(crate) fn with_capacity(tokens: usize, bytes: usize) -> Self {
+        Self { bytes: Vec::with_capacity(bytes), ends: Vec::with_capacity(tokens), special: Vec::with_capacity(tokens) }
     }
 
     /// Appends the token with the next id.
@@ -90,15 +93,17 @@ impl TokenTable {
 }
 
 impl Tokenizer {
-    pub(crate) fn new(
+    /// With `pieces`, text between the added tokens of `pipeline` is their work.
+    fn new(
         pipeline: tokenizers::Tokenizer,
         table: TokenTable,
+        pieces: Option<spm::Pieces>,
         specials: Specials,
         strips_leading_space: bool,
     ) -> Self {
         let mut plain = pipeline.get_added_vocabulary().clone();
         plain.set_encode_special_tokens(true);
-        Self(Arc::new(Inner { pipeline, plain, table, specials, strips_leading_space }))
+        Self(Arc::new(Inner { pipeline, plain, table, pieces, specials, strips_leading_space }))
     }
 
     /// Token ids of a text in which the text of a special token means that token. With `add_special_tokens` the
@@ -168,7 +173,9 @@ impl Tokenizer {
 
     /// The id of a token by its text in the vocabulary.
     pub fn token_id(&self, text: &str) -> Option<u32> {
-        self.0.pipeline.token_to_id(text)
+        let inner = &*self.0;
+        let piece = || inner.pieces.as_ref()?.token_id(&inner.table, text);
+        inner.pipeline.token_to_id(text).or_else(piece)
     }
 
     /// True when the first token of a text begins with a space that is not in the text (SentencePiece).
@@ -185,6 +192,9 @@ impl std::fmt::Debug for Tokenizer {
 
 impl Inner {
     fn run(&self, added: &AddedVocabulary, text: &str) -> Result<Vec<u32>> {
+        if let Some(pieces) = &self.pieces {
+            return self.run_pieces(pieces, added, text);
+        }
         let mut pieces = added.extract_and_normalize(self.pipeline.get_normalizer(), text);
         if let Some(splitter) = self.pipeline.get_pre_tokenizer() {
             splitter.pre_tokenize(&mut pieces).map_err(library)?;
@@ -193,6 +203,18 @@ impl Inner {
         pieces.tokenize(|piece| model.tokenize(piece.get())).map_err(library)?;
         let encoding = pieces.into_encoding(None, 0, OffsetType::None).map_err(library)?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    fn run_pieces(&self, pieces: &spm::Pieces, added: &AddedVocabulary, text: &str) -> Result<Vec<u32>> {
+        let cut = added.extract_and_normalize(None::<&NormalizerWrapper>, text);
+        let mut ids = Vec::with_capacity(text.len() / 4);
+        for (part, _, tokens) in cut.get_splits(OffsetReferential::Original, OffsetType::None) {
+            match tokens {
+                Some(tokens) => ids.extend(tokens.iter().map(|token| token.id)),
+                None => pieces.encode(&self.table, part, &mut ids)?,
+            }
+        }
+        Ok(ids)
     }
 }
 

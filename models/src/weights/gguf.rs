@@ -92,6 +92,11 @@ impl Gguf {
         self.values.contains_key(key)
     }
 
+    /// True when the value of this key is an array.
+    pub fn is_array(&self, key: &str) -> bool {
+        matches!(self.values.get(key), Some(Value::Array { .. }))
+    }
+
     /// A non-negative integer of any width.
     ///
     /// # Errors

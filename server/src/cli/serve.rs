@@ -118,6 +118,11 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
     let chat = model.chat_template.is_some();
     let shown_name = names[0].clone();
     let local = LocalModel::new(names, engine, model.tokenizer, model.chat_template, model.info);
+    if !chat {
+        tell(&format!(
+            "{shown_name} has no chat template: it serves /v1/completions; --chat-template FILE adds chat\n"
+        ));
+    }
     let announce = |addr: SocketAddr| {
         tell(&format!("try: {}\n", curl(addr, &shown_name, chat, with_keys)));
         let mut out = std::io::stdout();

@@ -240,33 +240,33 @@ fn unpacked<B: Packed, const P: usize, const I: usize>(
     let strips = cast_mut::<Strip<P, I>>(scratch);
     for (i, unit) in panel.iter().enumerate() {
         for b in 0..B::BLOCKS {
-            // The next panel arrives while this one is multiplied.
-            prefetch(unit, b, size_of_val(panel));
             for half in 0..2 {
                 unpack(unit, b, half, &mut strips[half * blocks + i * B::BLOCKS + b]);
             }
         }
     }
     let (low, high) = cast::<Strip<P, I>>(scratch).split_at(blocks);
+    // The next panel arrives while this one is multiplied with the first tile.
+    let mut this = Some(panel);
     if one_run::<B>() {
         for tile in rows.tiles() {
-            strip_tiles::<B, P, I, 2>([low, high], 0, (rows, tile), out);
+            strip_tiles::<B, P, I, 2>([low, high], (0, this.take()), (rows, tile), out);
         }
     } else {
         for (half, strip) in [low, high].into_iter().enumerate() {
             for tile in rows.tiles() {
-                strip_tiles::<B, P, I, 1>([strip], half, (rows, tile), out);
+                strip_tiles::<B, P, I, 1>([strip], (half, this.take()), (rows, tile), out);
             }
         }
     }
 }
 
-/// Multiplies `H` strips, from `first` on, with one tile.
+/// Multiplies `H` strips, from `first` on, with one tile; asks meanwhile for what follows the panel, when it is given.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn strip_tiles<B: Packed, const P: usize, const I: usize, const H: usize>(
     strips: [&[Strip<P, I>]; H],
-    first: usize,
+    first: (usize, Option<&[B]>),
     (rows, tile): (Group<'_>, Tile),
     out: &mut [Lanes],
 ) {
@@ -299,13 +299,16 @@ fn unpack<B: Packed, const P: usize, const I: usize>(unit: &B, b: usize, half: u
 #[target_feature(enable = "avx2,fma,f16c")]
 fn strip_tile<B: Packed, const P: usize, const I: usize, const H: usize, const N: usize>(
     strips: [&[Strip<P, I>]; H],
-    first: usize,
+    (first, panel): (usize, Option<&[B]>),
     acts: TileActs<'_, N>,
     out: &mut [Lanes; N],
 ) {
     let mut acc = [[_mm256_setzero_ps(); H]; N];
     let strips = strips.map(|strip| &strip[..acts.quants.len()]);
     for (i, (quants, ([d_x, s_x], x_sums))) in acts.quants.iter().zip(acts.scales.iter().zip(acts.sums)).enumerate() {
+        if let Some(panel) = panel {
+            prefetch(&panel[i / B::BLOCKS], i % B::BLOCKS, size_of_val(panel));
+        }
         let scales = strips.map(|strip| strip_scales(&strip[i]));
         let codes =
             |j: usize, h: usize| [load_bytes(&strips[h][i].codes[0][j]), load_bytes(&strips[h][i].codes[P - 1][j])];

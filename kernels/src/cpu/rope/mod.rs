@@ -19,6 +19,9 @@ use crate::kv::{BLOCK_SIZE, BlockId, KvLayout, SeqSpan};
 use crate::memory::{Arena, SharedMut};
 use crate::{Error, HeadShape, Result, RopePairs};
 
+/// Positions between two whose angles are computed and not summed.
+const STRIDE: usize = 256;
+
 /// Cosines and sines of every position.
 pub(crate) struct RopeTable {
     /// Pairs that turn: half the rotary dimension.
@@ -30,16 +33,27 @@ pub(crate) struct RopeTable {
 impl RopeTable {
     /// Computes angles in f64 from inverse frequencies; cosines and sines are multiplied by `scale`.
     ///
+    /// Only every [`STRIDE`]-th position and the first ones go through trigonometry; the others are sums of two angles.
+    /// A context of 32,768 positions would take a noticeable part of a start otherwise.
+    ///
     /// # Errors
     /// [`Error::OutOfMemory`]
     pub(crate) fn new(inv_freq: &[f64], scale: f64, max_positions: usize) -> Result<Self> {
         let pairs = inv_freq.len();
         let mut values = Arena::zeroed((2 * pairs).saturating_mul(max_positions), "rotary table")?;
-        for (position, row) in values.chunks_exact_mut((2 * pairs).max(1)).enumerate() {
-            let (cosines, sines) = row.split_at_mut(pairs);
-            for ((cosine, sine), frequency) in cosines.iter_mut().zip(sines).zip(inv_freq) {
-                let (sin, cos) = (position as f64 * frequency).sin_cos();
-                (*cosine, *sine) = ((cos * scale) as f32, (sin * scale) as f32);
+        let angles = |position: usize| inv_freq.iter().map(move |frequency| (position as f64 * frequency).sin_cos());
+        let near: Vec<(f64, f64)> = (0..STRIDE.min(max_positions)).flat_map(angles).collect();
+        let row_len = (2 * pairs).max(1);
+        for (stride, rows) in values.chunks_mut(row_len * STRIDE).enumerate() {
+            let far: Vec<(f64, f64)> = angles(stride * STRIDE).map(|(sin, cos)| (scale * sin, scale * cos)).collect();
+            for (row, near) in rows.chunks_exact_mut(row_len).zip(near.chunks_exact(pairs.max(1))) {
+                let (cosines, sines) = row.split_at_mut(pairs);
+                for ((cosine, sine), ((far_sin, far_cos), (sin, cos))) in
+                    cosines.iter_mut().zip(sines).zip(far.iter().zip(near))
+                {
+                    *cosine = (far_cos * cos - far_sin * sin) as f32;
+                    *sine = (far_sin * cos + far_cos * sin) as f32;
+                }
             }
         }
         Ok(Self { pairs, values })

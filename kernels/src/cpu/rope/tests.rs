@@ -191,3 +191,19 @@ fn what_does_not_fit_is_refused() {
         .contains("positions below 100")
     );
 }
+
+#[test]
+fn angles_far_into_a_text_are_as_good_as_near_ones() {
+    let inv_freq: Vec<f64> = (0..64).map(|i| 10_000_f64.powf(f64::from(i) / -64.0)).collect();
+    let table = RopeTable::new(&inv_freq, SCALE, 70_001).unwrap();
+    assert_eq!(table.positions(), 70_001);
+    for position in [0, 1, 255, 256, 257, 511, 4096, 65_535, 70_000] {
+        let (cosines, sines) = table.at(position);
+        for ((cosine, sine), frequency) in cosines.iter().zip(sines).zip(&inv_freq) {
+            let (sin, cos) = (position as f64 * frequency).sin_cos();
+            let error = (f64::from(*cosine) - SCALE * cos).abs().max((f64::from(*sine) - SCALE * sin).abs());
+            assert!(error < 1e-7, "position {position}, frequency {frequency}: off by {error}");
+        }
+    }
+    assert_eq!(RopeTable::new(&inv_freq, SCALE, 0).unwrap().bytes(), 0);
+}

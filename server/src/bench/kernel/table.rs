@@ -186,6 +186,7 @@ mod tests {
         let model = ModelInfo {
             path: "/somewhere/tiny.gguf".into(),
             weight_bytes: 2 << 20,
+            packed_bytes: 2 << 20,
             parameters: 1_500_000,
             architecture: "llama".to_owned(),
             quantization: "Q4_1".to_owned(),

@@ -95,7 +95,7 @@ pub(super) async fn chat(args: &RunArgs, session: &Session, name: &str, out: &mu
         writeln!(out, "{name}; /help lists the commands, Ctrl-D leaves")?;
     }
     if session.template.is_none() {
-        drop(writeln!(std::io::stderr(), "without a chat template each line is continued on its own"));
+        drop(writeln!(std::io::stderr(), "each line is continued on its own, without those before it"));
     }
     while let Some(line) = read(&mut lines, terminal, out).await? {
         match parse(&line) {

@@ -127,6 +127,14 @@ pub(crate) fn run(args: &RunArgs, out: &mut dyn Write) -> Result<(), Error> {
     }
     let (resolved, mut model) = open(&args.model)?;
     args.engine.apply_chat_template(&mut model)?;
+    if model.chat_template.is_none() && !args.raw {
+        let name = &resolved.name;
+        drop(writeln!(
+            std::io::stderr(),
+            "note: {name} has no chat template and continues what you write as it is; --chat-template FILE gives it \
+             one, --raw says that this is meant"
+        ));
+    }
     let engine = Engine::load(&model, args.engine.config_for_one(), args.engine.cpu()).map_err(in_flags)?;
     let session = Session {
         engine,
