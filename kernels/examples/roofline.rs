@@ -1,6 +1,6 @@
 //! Measures matrix products beside what the machine can do at most: integer multiply-adds and memory reads per second.
 //!
-//! `cargo run --release -p cupola-kernels --example roofline [THREADS] [PART OF A SHAPE'S NAME]`
+//! `cargo run --release -p cupola-kernels --example roofline [THREADS] [PART OF A SHAPE'S NAME] [ROWS,ROWS..]`
 //!
 //! Weights of every shape are copied until they exceed any cache, and the copies are used in turn, as a model's layers are.
 
@@ -12,7 +12,7 @@ use cupola_kernels::{ActId, Backend, BufferId, Epilogue, LinearId, PartOrder, Re
 /// Bytes of weights that no cache holds.
 const COLD: usize = 160 << 20;
 const ROWS: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 512];
-const SHAPES: [(WeightType, usize, usize); 8] = [
+const SHAPES: [(WeightType, usize, usize); 18] = [
     (WeightType::Q4_1, 576, 576),
     (WeightType::Q4_1, 960, 576),
     (WeightType::Q4_1, 1536, 576),
@@ -21,12 +21,23 @@ const SHAPES: [(WeightType, usize, usize); 8] = [
     (WeightType::Q8_0, 1536, 576),
     (WeightType::Q8_0, 49152, 576),
     (WeightType::F16, 1536, 576),
+    (WeightType::Q4_0, 1536, 2048),
+    (WeightType::Q5_0, 1536, 2048),
+    (WeightType::Q8_0, 1536, 2048),
+    (WeightType::Iq4Nl, 1536, 2048),
+    (WeightType::Iq4Xs, 1536, 2048),
+    (WeightType::Q2K, 1536, 2048),
+    (WeightType::Q3K, 1536, 2048),
+    (WeightType::Q4K, 1536, 2048),
+    (WeightType::Q5K, 1536, 2048),
+    (WeightType::Q6K, 1536, 2048),
 ];
 
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let threads = args.next().and_then(|n| n.parse().ok()).unwrap_or_else(default_threads);
     let only = args.next().unwrap_or_default();
+    let asked: Vec<usize> = args.next().iter().flat_map(|list| list.split(',')).flat_map(str::parse).collect();
     let mut backend = CpuBackend::new(CpuConfig { threads: Some(threads), isa: None })?;
     println!("{}", backend.describe());
     println!("read {:.1} GB/s", read_bandwidth(threads) / 1e9);
@@ -46,12 +57,12 @@ fn main() -> Result<()> {
         let copies = (0..COLD.div_ceil(bytes))
             .map(|_| backend.load_linear(&[part], PartOrder::Concat, None))
             .collect::<Result<Vec<_>>>()?;
-        for rows in ROWS {
+        for rows in if asked.is_empty() { ROWS.to_vec() } else { asked.clone() } {
             let (act, target) = input(&mut backend, rows, cols, (out, copies[0]))?;
             let mut times = Vec::new();
             let mut turn = copies.iter().cycle();
             let start = Instant::now();
-            while start.elapsed() < Duration::from_millis(600) || times.len() < 5 {
+            while start.elapsed() < Duration::from_millis(300) || times.len() < 5 {
                 let weight = *turn.next().expect("a cycle does not end");
                 let start = Instant::now();
                 backend.linear(act, rows, weight, Epilogue::Store, target)?;
@@ -61,13 +72,6 @@ fn main() -> Result<()> {
             // The fastest tenth: what the kernels can do, also on a machine that does other things beside.
             let time = times[times.len() / 10];
             let gops = 2.0 * (rows * out * cols) as f64 / time / 1e9;
-            eprintln!(
-                "min {:.1} p10 {:.1} p50 {:.1} p90 {:.1}",
-                times[0] * 1e6,
-                times[times.len() / 10] * 1e6,
-                times[times.len() / 2] * 1e6,
-                times[times.len() * 9 / 10] * 1e6
-            );
             println!("{name:<18} {rows:>5} {:>9.1} {gops:>8.1} {:>8.1}", time * 1e6, bytes as f64 / time / 1e9);
         }
     }

@@ -1,52 +1,68 @@
 //! Integer dot products with AVX2, which multiplies unsigned by signed bytes but adds the pairs into 16 bits.
 //!
-//! Eight such products of nibbles stay below 2^15 (8 * 2 * 15 * 127 = 30,480), so a whole block of 32 columns is summed in
-//! 16-bit lanes and widened once. Bytes would overflow; they are taken as two nibbles, `16 * high + low`, which is exact.
+//! How many products of a code with 127 fit 16 bits decides how many words are summed before the sums are widened, and the
+//! multiplication that widens them applies the whole-number scale on the way:
 //!
 //! ```text
-//!   few rows    packed block ──nibbles in registers──> dot
-//!   many rows   packed panel ──once──> Planes in L1/L2 ──> dot with every tile of the group
+//!   up to 4 bits   8 words, a whole block       16 * 15 * 127 = 30,480
+//!   5 bits         4 words, 16 columns           8 * 31 * 127 = 31,496
+//!   6 bits         2 words                       4 * 63 * 127 = 32,004
+//!   8 bits         two planes of nibbles, `16 * high + low`
 //! ```
 //!
-//! A register tile is 16 weight rows (two vectors of 8) by up to 4 activation rows: 8 accumulators of 16-bit sums, 2 to 4
-//! weights and 1 broadcast activation fit the 16 registers; the f32 accumulators are touched once per block and may spill.
+//! ```text
+//!   up to 3 rows   packed unit ──codes in registers──> dot
+//!   more rows      packed panel ──once──> two strips of 8 rows in L1/L2 ──> dot with every tile of the group
+//! ```
+//!
+//! A register tile is 16 weight rows (two vectors of 8) by up to 4 activation rows: 8 sums of 16 bits, 2 weights and 1
+//! broadcast activation fit the 16 registers; the f32 accumulators are touched once per block and may spill. Where a block
+//! takes several runs or planes, it is 8 weight rows: sums of 32 bits stay in registers too.
 
 use std::arch::asm;
 use std::arch::x86_64::{
-    __m256, __m256i, _mm_loadu_si128, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256, _mm256_cvtepi32_ps,
-    _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16,
-    _mm256_mul_ps, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps,
-    _mm256_setzero_si256, _mm256_srli_epi16, _mm256_storeu_ps, _mm256_storeu_si256,
+    __m128i, __m256, __m256i, _mm_loadl_epi64, _mm_loadu_si128, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256,
+    _mm256_broadcastq_epi64, _mm256_broadcastsi128_si256, _mm256_cvtepi8_epi16, _mm256_cvtepi32_ps,
+    _mm256_cvtepu8_epi16, _mm256_cvtepu8_epi32, _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
+    _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_mullo_epi16, _mm256_or_si256, _mm256_set1_epi8,
+    _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi8, _mm256_setzero_ps, _mm256_setzero_si256,
+    _mm256_shuffle_epi8, _mm256_slli_epi16, _mm256_srai_epi16, _mm256_srli_epi16, _mm256_storeu_ps,
+    _mm256_storeu_si256, _mm256_xor_ps,
 };
 
-use super::{Group, IntDot, Lanes, TileQuants, TileScales, exact, prefetch_ahead, prefetch_block};
+use super::{Group, IntDot, Lanes, PREFETCH, TileActs, TileQuants, exact, prefetch};
+use crate::cpu::act::Tile;
 use crate::cpu::simd::Avx2;
 use crate::format::ggml::BLOCK;
-use crate::format::pack::{Offset, PANEL, PanelBlock, Quants};
+use crate::format::pack::{Codes, IQ4_CODES, PANEL, Packed, Scales, Word, Zero, ZeroKind};
 use crate::memory::{Plain, cast, cast_mut};
 
-/// From this many rows on, a panel is unpacked before it is used: unpacking costs about as much as it saves on 5 tiles.
+/// From this many rows on, a panel is unpacked before it is used.
 const UNPACK_ROWS: usize = 24;
 
-/// A block as the dot product wants it: nibbles as bytes, `P` planes of them (lowest first), and floats.
+/// Rows of a vector.
+const EIGHT: usize = 8;
+
+/// A block of 8 rows as the dot product wants it: `P` planes of codes, `I` vectors of pairs of whole numbers, and floats.
 #[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Planes<const P: usize> {
-    d: [f32; PANEL],
-    offset: [f32; PANEL],
-    q: [[[u8; 64]; 8]; P],
+#[repr(C, align(32))]
+struct Strip<const P: usize, const I: usize> {
+    codes: [[[u8; 32]; 8]; P],
+    ints: [[i16; 16]; I],
+    d: [f32; EIGHT],
+    offset: [f32; EIGHT],
 }
 
-impl<const P: usize> Plain for Planes<P> {}
+impl<const P: usize, const I: usize> Plain for Strip<P, I> {}
 
-/// Repeats the body for each of the 8 words of a block, unrolled.
-macro_rules! each_word {
+/// Repeats the body for each of the 8 groups of a block, unrolled.
+macro_rules! each_group {
     ($j:ident => $body:block) => {
-        each_word!(@each $j $body 0 1 2 3 4 5 6 7)
+        each_group!(@each $j $body 0 1 2 3 4 5 6 7)
     };
-    (@each $j:ident $body:block $($word:literal)*) => {
+    (@each $j:ident $body:block $($group:literal)*) => {
         $({
-            let $j: usize = $word;
+            let $j: usize = $group;
             $body
         })*
     };
@@ -56,222 +72,373 @@ impl IntDot for Avx2 {
     const TILE_ROWS: usize = 4;
 
     fn scratch_bytes(cols: usize) -> usize {
-        cols / BLOCK * size_of::<Planes<2>>()
+        2 * (cols / BLOCK) * size_of::<Strip<2, 3>>()
     }
 
     #[inline(always)]
-    fn tile<B: PanelBlock, const N: usize>(
-        self,
-        panel: &[B],
-        quants: &[TileQuants<N>],
-        scales: &[TileScales<N>],
-        out: &mut [Lanes; N],
-    ) {
+    fn panel<B: Packed>(self, panel: &[B], rows: Group<'_>, scratch: &mut [u8], out: &mut [Lanes]) {
         // SAFETY: `self` came from `detect`, which saw AVX2, FMA and F16C.
-        unsafe { packed_tile(panel, quants, scales, out) }
+        unsafe { any_rows(panel, rows, scratch, out) }
     }
+}
 
-    #[inline(always)]
-    fn panel<B: PanelBlock>(self, panel: &[B], rows: Group<'_>, scratch: &mut [u8], out: &mut [Lanes]) {
-        if rows.len() < UNPACK_ROWS {
-            for tile in rows.tiles() {
-                let out = &mut out[tile.row - rows.first..][..tile.len];
-                match tile.len {
-                    4 => self.tile::<B, 4>(panel, rows.quants(tile), rows.scales(tile), exact(out)),
-                    2 => self.tile::<B, 2>(panel, rows.quants(tile), rows.scales(tile), exact(out)),
-                    _ => self.tile::<B, 1>(panel, rows.quants(tile), rows.scales(tile), exact(out)),
+#[target_feature(enable = "avx2,fma,f16c")]
+fn any_rows<B: Packed>(panel: &[B], rows: Group<'_>, scratch: &mut [u8], out: &mut [Lanes]) {
+    if rows.len() < UNPACK_ROWS {
+        for tile in rows.tiles() {
+            let out = &mut out[tile.row - rows.first..][..tile.len];
+            match tile.len {
+                4 => packed_tile::<B, 4>(panel, rows.acts(tile), exact(out)),
+                2 => packed_tile::<B, 2>(panel, rows.acts(tile), exact(out)),
+                _ => packed_tile::<B, 1>(panel, rows.acts(tile), exact(out)),
+            }
+        }
+        return;
+    }
+    match (B::SHAPE.bits == 8, B::SHAPE.scales) {
+        (false, 0) => unpacked::<B, 1, 0>(panel, rows, scratch, out),
+        (false, 1) => unpacked::<B, 1, 1>(panel, rows, scratch, out),
+        (false, _) => unpacked::<B, 1, 3>(panel, rows, scratch, out),
+        (true, 0) => unpacked::<B, 2, 0>(panel, rows, scratch, out),
+        (true, _) => unpacked::<B, 2, 3>(panel, rows, scratch, out),
+    }
+}
+
+/// Words whose products are summed in 16 bits.
+const fn run_words<B: Packed>() -> usize {
+    match (B::SHAPE.bits, B::SHAPE.scales) {
+        (6, _) => 2,
+        (5, _) | (_, 2) => 4,
+        _ => 8,
+    }
+}
+
+/// True where a block is summed in 16 bits from end to end, so that both vectors of a panel's rows find registers.
+const fn one_run<B: Packed>() -> bool {
+    B::SHAPE.bits < 8 && run_words::<B>() == 8
+}
+
+/// What the codes of a block's 8 rows are multiplied with.
+#[derive(Clone, Copy)]
+struct Factors {
+    d: __m256,
+    /// Times the scaled sum of the activations, or times `d_x` for [`ZeroKind::Mins`].
+    offset: __m256,
+    /// Pairs of equal scales: of the first and the last 16 columns; with two planes, of the low and the high one.
+    scales: [__m256i; 2],
+    /// Pairs for the sums of both 16 columns.
+    pairs: __m256i,
+}
+
+/// Factors of rows `8 * half..` of a block.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn factors<B: Packed>(unit: &B, b: usize, half: usize) -> Factors {
+    let d = load_halves(unit.d(), half);
+    let (scales, mut pairs) = match unit.scales(b) {
+        Scales::One if B::SHAPE.bits == 8 => ([_mm256_set1_epi16(1), _mm256_set1_epi16(16)], _mm256_setzero_si256()),
+        Scales::One => ([_mm256_set1_epi16(1); 2], _mm256_setzero_si256()),
+        Scales::Each(scales) => {
+            let scales = both(load_8(&scales.as_chunks::<8>().0[half].map(i8::cast_unsigned)));
+            let second = if B::SHAPE.bits == 8 { _mm256_slli_epi16::<4>(scales) } else { scales };
+            ([scales, second], scales)
+        }
+        Scales::Halves(scales) => {
+            let pairs =
+                _mm256_cvtepi8_epi16(load_16(&scales.as_chunks::<8>().0[half].map(|s| s.map(i8::cast_unsigned))));
+            (each_of(pairs), pairs)
+        }
+        Scales::LowNibbles(packed) => {
+            let bytes = _mm256_cvtepu8_epi16(load_16(&packed.as_chunks::<8>().0[half]));
+            (each_of(_mm256_and_si256(bytes, _mm256_set1_epi16(15))), _mm256_srli_epi16::<4>(bytes))
+        }
+    };
+    let minus = _mm256_set1_ps(-0.0);
+    let offset = match unit.zero(b) {
+        Zero::Code(z) if B::SHAPE.scales == 0 => _mm256_mul_ps(d, _mm256_set1_ps(-f32::from(z))),
+        Zero::Code(z) => {
+            pairs = _mm256_mullo_epi16(pairs, _mm256_set1_epi16(-i16::from(z)));
+            _mm256_setzero_ps()
+        }
+        Zero::Add(m) => load_halves(m, half),
+        Zero::Mins(dmin, mins) => {
+            let mins = _mm256_cvtepu8_epi32(load_8(&mins.as_chunks::<8>().0[half]));
+            _mm256_mul_ps(_mm256_xor_ps(load_halves(dmin, half), minus), _mm256_cvtepi32_ps(mins))
+        }
+        Zero::HighNibbles(dmin, _) => _mm256_xor_ps(load_halves(dmin, half), minus),
+    };
+    Factors { d, offset, scales, pairs }
+}
+
+/// Adds a block to the accumulator of a row, given its scaled integer sums.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn accumulate<B: Packed>(acc: __m256, sum: __m256i, w: &Factors, [d_x, s_x]: [f32; 2], x_sums: [i16; 2]) -> __m256 {
+    let mut sum = sum;
+    let zero = match B::SHAPE.zero {
+        ZeroKind::Float => None,
+        ZeroKind::Codes | ZeroKind::Mins => Some(_mm256_madd_epi16(w.pairs, both_sums(x_sums))),
+    };
+    if let (ZeroKind::Codes, Some(zero)) = (B::SHAPE.zero, zero) {
+        sum = _mm256_add_epi32(sum, zero);
+    }
+    let d_x = _mm256_set1_ps(d_x);
+    let acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(w.d, d_x), acc);
+    match (B::SHAPE.zero, zero) {
+        (ZeroKind::Float, _) => _mm256_fmadd_ps(w.offset, _mm256_set1_ps(s_x), acc),
+        (ZeroKind::Mins, Some(zero)) => _mm256_fmadd_ps(_mm256_cvtepi32_ps(zero), _mm256_mul_ps(w.offset, d_x), acc),
+        _ => acc,
+    }
+}
+
+/// Multiplies a packed panel with one tile.
+#[inline(never)]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn packed_tile<B: Packed, const N: usize>(panel: &[B], acts: TileActs<'_, N>, out: &mut [Lanes; N]) {
+    let mut acc = [[_mm256_setzero_ps(); 2]; N];
+    for (unit, acts) in panel.iter().zip(acts.split(B::BLOCKS)) {
+        for b in 0..B::BLOCKS {
+            prefetch(unit, b, PREFETCH);
+            let ([d_x, s_x], x_sums) = (acts.scales[b], &acts.sums[b]);
+            let w = [factors(unit, b, 0), factors(unit, b, 1)];
+            let codes = |j, half| planes(unit.codes(b), j, half);
+            let mut sums = [[_mm256_setzero_si256(); 2]; N];
+            if one_run::<B>() {
+                sums = dots::<B, N, 2>(codes, [w[0].scales, w[1].scales], &acts.quants[b]);
+            } else {
+                // Half by half: sums of 16 and of 32 bits at once would need too many registers.
+                for half in 0..2 {
+                    let part = dots::<B, N, 1>(|j, _| codes(j, half), [w[half].scales], &acts.quants[b]);
+                    for n in 0..N {
+                        sums[n][half] = part[n][0];
+                    }
                 }
             }
-        } else if B::BITS == 4 {
-            // SAFETY: `self` came from `detect`, which saw AVX2, FMA and F16C.
-            unsafe { unpacked_panel::<B, 1>(panel, rows, scratch, out) }
-        } else {
-            // SAFETY: as above.
-            unsafe { unpacked_panel::<B, 2>(panel, rows, scratch, out) }
+            for n in 0..N {
+                for half in 0..2 {
+                    acc[n][half] = accumulate::<B>(acc[n][half], sums[n][half], &w[half], [d_x[n], s_x[n]], x_sums[n]);
+                }
+            }
         }
+    }
+    for ([low, high], out) in acc.into_iter().zip(out) {
+        store_f32(low, half_mut(out, 0));
+        store_f32(high, half_mut(out, 1));
     }
 }
 
 /// Unpacks a panel, then multiplies it with every tile.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn unpacked_panel<B: PanelBlock, const P: usize>(panel: &[B], rows: Group<'_>, scratch: &mut [u8], out: &mut [Lanes]) {
-    let scratch = &mut scratch[..size_of_val(panel) / size_of::<B>() * size_of::<Planes<P>>()];
-    for (block, planes) in panel.iter().zip(cast_mut::<Planes<P>>(scratch)) {
-        unpack(block, planes);
-    }
-    let planes = cast::<Planes<P>>(scratch);
-    // The next panel arrives while this one is multiplied with the first tile.
-    let mut next = Some(panel.as_ptr_range().end);
-    for tile in rows.tiles() {
-        let out = &mut out[tile.row - rows.first..][..tile.len];
-        match tile.len {
-            4 => unpacked_tile::<B, P, 4>(planes, rows.quants(tile), rows.scales(tile), (exact(out), next)),
-            2 => unpacked_tile::<B, P, 2>(planes, rows.quants(tile), rows.scales(tile), (exact(out), next)),
-            _ => unpacked_tile::<B, P, 1>(planes, rows.quants(tile), rows.scales(tile), (exact(out), next)),
+fn unpacked<B: Packed, const P: usize, const I: usize>(
+    panel: &[B],
+    rows: Group<'_>,
+    scratch: &mut [u8],
+    out: &mut [Lanes],
+) {
+    let blocks = panel.len() * B::BLOCKS;
+    let scratch = &mut scratch[..2 * blocks * size_of::<Strip<P, I>>()];
+    let strips = cast_mut::<Strip<P, I>>(scratch);
+    for (i, unit) in panel.iter().enumerate() {
+        for b in 0..B::BLOCKS {
+            for half in 0..2 {
+                unpack(unit, b, half, &mut strips[half * blocks + i * B::BLOCKS + b]);
+            }
         }
-        next = None;
+    }
+    let (low, high) = cast::<Strip<P, I>>(scratch).split_at(blocks);
+    // The next panel arrives while this one is multiplied with the first tile.
+    let mut this = Some(panel);
+    if one_run::<B>() {
+        for tile in rows.tiles() {
+            strip_tiles::<B, P, I, 2>([low, high], (0, this.take()), (rows, tile), out);
+        }
+    } else {
+        for (half, strip) in [low, high].into_iter().enumerate() {
+            for tile in rows.tiles() {
+                strip_tiles::<B, P, I, 1>([strip], (half, this.take()), (rows, tile), out);
+            }
+        }
+    }
+}
+
+/// Multiplies `H` strips, from `first` on, with one tile; asks meanwhile for what follows the panel, when it is given.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn strip_tiles<B: Packed, const P: usize, const I: usize, const H: usize>(
+    strips: [&[Strip<P, I>]; H],
+    first: (usize, Option<&[B]>),
+    (rows, tile): (Group<'_>, Tile),
+    out: &mut [Lanes],
+) {
+    let out = &mut out[tile.row - rows.first..][..tile.len];
+    match tile.len {
+        4 => strip_tile::<B, P, I, H, 4>(strips, first, rows.acts(tile), exact(out)),
+        2 => strip_tile::<B, P, I, H, 2>(strips, first, rows.acts(tile), exact(out)),
+        _ => strip_tile::<B, P, I, H, 1>(strips, first, rows.acts(tile), exact(out)),
     }
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn unpack<B: PanelBlock, const P: usize>(block: &B, out: &mut Planes<P>) {
-    let (d, offset) = floats(block);
-    for half in 0..2 {
-        store_f32(d[half], half_mut(&mut out.d, half));
-        store_f32(offset[half], half_mut(&mut out.offset, half));
+fn unpack<B: Packed, const P: usize, const I: usize>(unit: &B, b: usize, half: usize, out: &mut Strip<P, I>) {
+    let w = factors(unit, b, half);
+    store_f32(w.d, &mut out.d);
+    store_f32(w.offset, &mut out.offset);
+    for (out, ints) in out.ints.iter_mut().zip([w.scales[0], w.scales[1], w.pairs]) {
+        store_ints(ints, out);
     }
-    match block.quants() {
-        Quants::Nibbles(words) => {
-            for (j, word) in words.iter().enumerate() {
-                for half in 0..2 {
-                    let (low, high) = nibbles(load_word(word, half));
-                    store_word(low, &mut out.q[0][j], half);
-                    store_word(high, &mut out.q[0][j + 4], half);
-                }
-            }
+    each_group!(j => {
+        let planes = planes(unit.codes(b), j, half);
+        for (out, plane) in out.codes.iter_mut().zip(planes) {
+            store_bytes(plane, &mut out[j]);
         }
-        Quants::Bytes(words) => {
-            for (j, word) in words.iter().enumerate() {
-                for half in 0..2 {
-                    let (low, high) = nibbles(load_word(word, half));
-                    store_word(low, &mut out.q[0][j], half);
-                    store_word(high, &mut out.q[P - 1][j], half);
-                }
-            }
-        }
-    }
+    });
 }
 
+#[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn unpacked_tile<B, const P: usize, const N: usize>(
-    panel: &[Planes<P>],
-    quants: &[TileQuants<N>],
-    scales: &[TileScales<N>],
-    (out, next): (&mut [Lanes; N], Option<*const B>),
-) {
-    let mut acc = [[_mm256_setzero_ps(); 2]; N];
-    for (i, ((block, x), [d_x, s_x])) in panel.iter().zip(quants).zip(scales).enumerate() {
-        if let Some(next) = next {
-            prefetch_block(next.wrapping_add(i));
-        }
-        let mut sums = [[_mm256_setzero_si256(); 2]; N];
-        if P == 1 {
-            each_word!(j => {
-                let w = [load_word(&block.q[0][j], 0), load_word(&block.q[0][j], 1)];
-                for n in 0..N {
-                    let x = broadcast(&x[n], j);
-                    for half in 0..2 {
-                        sums[n][half] = hold(_mm256_add_epi16(sums[n][half], _mm256_maddubs_epi16(w[half], x)));
-                    }
-                }
-            });
-            for sums in &mut sums {
-                *sums = [widen(sums[0], 1), widen(sums[1], 1)];
-            }
-        } else {
-            // Half by half: two planes of both halves would need 16 accumulators.
-            let mut halves = [[_mm256_setzero_si256(); N]; 2];
-            for (half, sums) in halves.iter_mut().enumerate() {
-                let mut low = [_mm256_setzero_si256(); N];
-                let mut high = [_mm256_setzero_si256(); N];
-                each_word!(j => {
-                    let (w_low, w_high) = (load_word(&block.q[0][j], half), load_word(&block.q[P - 1][j], half));
-                    for n in 0..N {
-                        let x = broadcast(&x[n], j);
-                        low[n] = hold(_mm256_add_epi16(low[n], _mm256_maddubs_epi16(w_low, x)));
-                        high[n] = hold(_mm256_add_epi16(high[n], _mm256_maddubs_epi16(w_high, x)));
-                    }
-                });
-                for n in 0..N {
-                    sums[n] = _mm256_add_epi32(widen(low[n], 1), widen(high[n], 16));
-                }
-            }
-            sums = interleave(halves);
-        }
-        for half in 0..2 {
-            let (d, offset) = (load_f32(half_of(&block.d, half)), load_f32(half_of(&block.offset, half)));
-            for n in 0..N {
-                acc[n][half] = accumulate(acc[n][half], sums[n][half], [d, offset], [d_x[n], s_x[n]]);
-            }
-        }
-    }
-    store_tile(acc, out);
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn packed_tile<B: PanelBlock, const N: usize>(
-    panel: &[B],
-    quants: &[TileQuants<N>],
-    scales: &[TileScales<N>],
+fn strip_tile<B: Packed, const P: usize, const I: usize, const H: usize, const N: usize>(
+    strips: [&[Strip<P, I>]; H],
+    (first, panel): (usize, Option<&[B]>),
+    acts: TileActs<'_, N>,
     out: &mut [Lanes; N],
 ) {
-    let mut acc = [[_mm256_setzero_ps(); 2]; N];
-    for (((block, x), [d_x, s_x]), i) in panel.iter().zip(quants).zip(scales).zip(0..) {
-        prefetch_ahead(panel, i);
-        let mut sums = [[_mm256_setzero_si256(); 2]; N];
-        match block.quants() {
-            Quants::Nibbles(words) => {
-                // Low nibbles of a word, then high ones: all four vectors at once would leave no register for the sums.
-                for (j, word) in words.iter().enumerate() {
-                    let low = [low_nibbles(load_word(word, 0)), low_nibbles(load_word(word, 1))];
-                    for n in 0..N {
-                        let x = broadcast(&x[n], j);
-                        for half in 0..2 {
-                            sums[n][half] = hold(_mm256_add_epi16(sums[n][half], _mm256_maddubs_epi16(low[half], x)));
-                        }
-                    }
-                    let high = [high_nibbles(load_word(word, 0)), high_nibbles(load_word(word, 1))];
-                    for n in 0..N {
-                        let x = broadcast(&x[n], j + 4);
-                        for half in 0..2 {
-                            sums[n][half] = hold(_mm256_add_epi16(sums[n][half], _mm256_maddubs_epi16(high[half], x)));
-                        }
-                    }
-                }
-                for sums in &mut sums {
-                    *sums = [widen(sums[0], 1), widen(sums[1], 1)];
-                }
-            }
-            Quants::Bytes(words) => {
-                let mut halves = [[_mm256_setzero_si256(); N]; 2];
-                for (half, sums) in halves.iter_mut().enumerate() {
-                    let mut low = [_mm256_setzero_si256(); N];
-                    let mut high = [_mm256_setzero_si256(); N];
-                    for (j, word) in words.iter().enumerate() {
-                        let (w_low, w_high) = nibbles(load_word(word, half));
-                        for n in 0..N {
-                            let x = broadcast(&x[n], j);
-                            low[n] = hold(_mm256_add_epi16(low[n], _mm256_maddubs_epi16(w_low, x)));
-                            high[n] = hold(_mm256_add_epi16(high[n], _mm256_maddubs_epi16(w_high, x)));
-                        }
-                    }
-                    for n in 0..N {
-                        sums[n] = _mm256_add_epi32(widen(low[n], 1), widen(high[n], 16));
-                    }
-                }
-                sums = interleave(halves);
-            }
+    let mut acc = [[_mm256_setzero_ps(); H]; N];
+    let strips = strips.map(|strip| &strip[..acts.quants.len()]);
+    for (i, (quants, ([d_x, s_x], x_sums))) in acts.quants.iter().zip(acts.scales.iter().zip(acts.sums)).enumerate() {
+        if let Some(panel) = panel {
+            prefetch(&panel[i / B::BLOCKS], i % B::BLOCKS, size_of_val(panel));
         }
-        let (d, offset) = floats(block);
-        for half in 0..2 {
+        let scales = strips.map(|strip| strip_scales(&strip[i]));
+        let codes =
+            |j: usize, h: usize| [load_bytes(&strips[h][i].codes[0][j]), load_bytes(&strips[h][i].codes[P - 1][j])];
+        let sums = dots::<B, N, H>(codes, scales, quants);
+        for h in 0..H {
+            let block = &strips[h][i];
+            let pairs = block.ints.get(2).map_or_else(|| _mm256_setzero_si256(), |pairs| load_ints(pairs));
+            let w = Factors { d: load_f32(&block.d), offset: load_f32(&block.offset), scales: scales[h], pairs };
             for n in 0..N {
-                acc[n][half] = accumulate(acc[n][half], sums[n][half], [d[half], offset[half]], [d_x[n], s_x[n]]);
+                acc[n][h] = accumulate::<B>(acc[n][h], sums[n][h], &w, [d_x[n], s_x[n]], x_sums[n]);
             }
         }
     }
-    store_tile(acc, out);
+    for (acc, out) in acc.into_iter().zip(out) {
+        for (h, acc) in acc.into_iter().enumerate() {
+            store_f32(acc, half_mut(out, first + h));
+        }
+    }
 }
 
-/// From rows of each half to halves of each row.
+/// What [`unpack`] kept of [`Factors::scales`].
 #[inline]
 #[target_feature(enable = "avx2")]
-fn interleave<const N: usize>([low, high]: [[__m256i; N]; 2]) -> [[__m256i; 2]; N] {
-    let mut out = [[_mm256_setzero_si256(); 2]; N];
-    for (out, (low, high)) in out.iter_mut().zip(low.into_iter().zip(high)) {
-        *out = [low, high];
+fn strip_scales<const P: usize, const I: usize>(block: &Strip<P, I>) -> [__m256i; 2] {
+    match block.ints.as_slice() {
+        [] => [_mm256_set1_epi16(1), _mm256_set1_epi16(if P == 2 { 16 } else { 1 })],
+        [both] => [load_ints(both); 2],
+        [first, second, ..] => [load_ints(first), load_ints(second)],
     }
-    out
+}
+
+/// Scaled dot products of a block's rows, in `H` vectors of 8, with `N` rows of activations; `codes` gives the planes of a
+/// group of columns of a vector.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn dots<B: Packed, const N: usize, const H: usize>(
+    codes: impl Fn(usize, usize) -> [__m256i; 2],
+    scales: [[__m256i; 2]; H],
+    x: &TileQuants<N>,
+) -> [[__m256i; H]; N] {
+    let mut sums = [[_mm256_setzero_si256(); H]; N];
+    if B::SHAPE.bits == 8 {
+        let mut high_sums = sums;
+        each_group!(j => {
+            for h in 0..H {
+                let [low, high] = codes(j, h);
+                for n in 0..N {
+                    let x = broadcast(&x[n], j);
+                    sums[n][h] = hold(_mm256_add_epi16(sums[n][h], _mm256_maddubs_epi16(low, x)));
+                    high_sums[n][h] = hold(_mm256_add_epi16(high_sums[n][h], _mm256_maddubs_epi16(high, x)));
+                }
+            }
+        });
+        for n in 0..N {
+            for h in 0..H {
+                let low = _mm256_madd_epi16(sums[n][h], scales[h][0]);
+                sums[n][h] = _mm256_add_epi32(low, _mm256_madd_epi16(high_sums[n][h], scales[h][1]));
+            }
+        }
+    } else {
+        let mut run = sums;
+        each_group!(j => {
+            let mut words = [_mm256_setzero_si256(); H];
+            for (h, word) in words.iter_mut().enumerate() {
+                [*word, _] = codes(j, h);
+            }
+            for n in 0..N {
+                let x = broadcast(&x[n], j);
+                for h in 0..H {
+                    run[n][h] = hold(_mm256_add_epi16(run[n][h], _mm256_maddubs_epi16(words[h], x)));
+                }
+            }
+            if (j + 1).is_multiple_of(run_words::<B>()) {
+                for n in 0..N {
+                    for h in 0..H {
+                        sums[n][h] = _mm256_add_epi32(sums[n][h], _mm256_madd_epi16(run[n][h], scales[h][j / 4]));
+                        run[n][h] = _mm256_setzero_si256();
+                    }
+                }
+            }
+        });
+    }
+    sums
+}
+
+/// Codes of group `j` of a block, rows `8 * half..`; for codes of 8 bits, low and high nibbles.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn planes(codes: Codes<'_>, j: usize, half: usize) -> [__m256i; 2] {
+    let nibble = |words: &[Word; 4]| bits(load_word(&words[j % 4], half), 4 * (j / 4), 0, 0x0f);
+    let pair = |words: &[Word; 2], to: usize| bits(load_word(&words[j / 4], half), 2 * (j % 4), to, 0x03 << to);
+    let bit = |word: &Word, to: usize| bits(load_word(word, half), j, to, 0x01 << to);
+    let one = match codes {
+        Codes::Two(low) => pair(low, 0),
+        Codes::Three(low, high) => _mm256_or_si256(pair(low, 0), bit(high, 2)),
+        Codes::Four(low) => nibble(low),
+        Codes::Five(low, high) => _mm256_or_si256(nibble(low), bit(high, 4)),
+        Codes::Six(low, high) => _mm256_or_si256(nibble(low), pair(high, 4)),
+        Codes::Eight(words) => {
+            let word = load_word(&words[j], half);
+            return [bits(word, 0, 0, 0x0f), bits(word, 4, 0, 0x0f)];
+        }
+        Codes::Table(low) => {
+            let index = nibble(low);
+            return [IQ4_CODES.map(|code| code & 15), IQ4_CODES.map(|code| code >> 4)]
+                .map(|table| _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_table(&table)), index));
+        }
+    };
+    [one, one]
+}
+
+/// Bits `from..` of each byte, moved to `to..`, as far as the mask reaches.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn bits(bytes: __m256i, from: usize, to: usize, mask: i8) -> __m256i {
+    // Shifts work on 16 bits; what crosses from one byte to the next, the mask takes away.
+    let moved = match (from, to) {
+        (1, 0) | (5, 4) | (3, 2) => _mm256_srli_epi16::<1>(bytes),
+        (2, 0) | (6, 4) | (4, 2) => _mm256_srli_epi16::<2>(bytes),
+        (3, 0) | (7, 4) | (5, 2) => _mm256_srli_epi16::<3>(bytes),
+        (4, 0) | (6, 2) => _mm256_srli_epi16::<4>(bytes),
+        (7, 2) => _mm256_srli_epi16::<5>(bytes),
+        (6, 0) => _mm256_srli_epi16::<6>(bytes),
+        (3, 4) | (1, 2) => _mm256_slli_epi16::<1>(bytes),
+        (2, 4) | (0, 2) => _mm256_slli_epi16::<2>(bytes),
+        (1, 4) => _mm256_slli_epi16::<3>(bytes),
+        (0, 4) => _mm256_slli_epi16::<4>(bytes),
+        _ => bytes,
+    };
+    _mm256_and_si256(moved, _mm256_set1_epi8(mask))
 }
 
 /// The same vector, in the order of the source: without it, the compiler sums each row as a tree once the loops are
@@ -284,55 +451,6 @@ fn hold(mut vector: __m256i) -> __m256i {
     vector
 }
 
-/// Adds the two terms of one block: `sum * (d_w * d_x)`, then `offset * s_x`.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn accumulate(acc: __m256, sum: __m256i, [d, offset]: [__m256; 2], [d_x, s_x]: [f32; 2]) -> __m256 {
-    let acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(d, _mm256_set1_ps(d_x)), acc);
-    _mm256_fmadd_ps(offset, _mm256_set1_ps(s_x), acc)
-}
-
-/// Scales and offsets of a block's 16 rows.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn floats<B: PanelBlock>(block: &B) -> ([__m256; 2], [__m256; 2]) {
-    let d = load_halves(block.scales());
-    let offset = match block.offset() {
-        Offset::Each(m) => load_halves(m),
-        Offset::Scales(times) => {
-            let times = _mm256_set1_ps(times);
-            [_mm256_mul_ps(d[0], times), _mm256_mul_ps(d[1], times)]
-        }
-    };
-    (d, offset)
-}
-
-/// Low and high nibbles of each byte.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn nibbles(bytes: __m256i) -> (__m256i, __m256i) {
-    (low_nibbles(bytes), high_nibbles(bytes))
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn low_nibbles(bytes: __m256i) -> __m256i {
-    _mm256_and_si256(bytes, _mm256_set1_epi8(0x0f))
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn high_nibbles(bytes: __m256i) -> __m256i {
-    _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), _mm256_set1_epi8(0x0f))
-}
-
-/// Adds neighbours of 16-bit sums into 32 bits, times a factor.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn widen(sums: __m256i, factor: i16) -> __m256i {
-    _mm256_madd_epi16(sums, _mm256_set1_epi16(factor))
-}
-
 /// Columns `4j..4j + 4` of an activation block in every lane.
 #[inline]
 #[target_feature(enable = "avx2")]
@@ -341,62 +459,116 @@ fn broadcast(x: &[i8; BLOCK], j: usize) -> __m256i {
     _mm256_set1_epi32(i32::from_ne_bytes(group.map(i8::cast_unsigned)))
 }
 
+/// Both sums of an activation block in every lane.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load_word(word: &[u8; 64], half: usize) -> __m256i {
-    let bytes = &word.as_chunks::<32>().0[half];
+fn both_sums([low, high]: [i16; 2]) -> __m256i {
+    _mm256_set1_epi32(i32::from(low) & 0xffff | i32::from(high) << 16)
+}
+
+/// Pairs of equal numbers from 8 signed bytes, which lie in each half of the vector.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn both(bytes: __m128i) -> __m256i {
+    const Z: i8 = -128;
+    // Each byte to the upper half of two 16-bit places, then down with its sign.
+    let places = _mm256_setr_epi8(
+        Z, 0, Z, 0, Z, 1, Z, 1, Z, 2, Z, 2, Z, 3, Z, 3, Z, 4, Z, 4, Z, 5, Z, 5, Z, 6, Z, 6, Z, 7, Z, 7,
+    );
+    _mm256_srai_epi16::<8>(_mm256_shuffle_epi8(_mm256_broadcastq_epi64(bytes), places))
+}
+
+/// From pairs `(a, b)`: pairs `(a, a)` and pairs `(b, b)`.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn each_of(pairs: __m256i) -> [__m256i; 2] {
+    let first = _mm256_setr_epi8(
+        0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13, 0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13,
+    );
+    let second = _mm256_or_si256(first, _mm256_set1_epi8(2));
+    [_mm256_shuffle_epi8(pairs, first), _mm256_shuffle_epi8(pairs, second)]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_8(bytes: &[u8; 8]) -> __m128i {
+    // SAFETY: the array holds 8 bytes.
+    unsafe { _mm_loadl_epi64(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_16(bytes: &[[u8; 2]; 8]) -> __m128i {
+    // SAFETY: the array holds 16 bytes.
+    unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_table(bytes: &[u8; 16]) -> __m128i {
+    // SAFETY: the array holds 16 bytes.
+    unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_word(word: &Word, half: usize) -> __m256i {
+    load_bytes(&word.as_chunks::<32>().0[half])
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_bytes(bytes: &[u8; 32]) -> __m256i {
     // SAFETY: the array holds 32 bytes.
     unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn store_word(value: __m256i, word: &mut [u8; 64], half: usize) {
-    let bytes = &mut word.as_chunks_mut::<32>().0[half];
+fn store_bytes(value: __m256i, bytes: &mut [u8; 32]) {
     // SAFETY: the array holds 32 bytes.
     unsafe { _mm256_storeu_si256(bytes.as_mut_ptr().cast(), value) };
 }
 
 #[inline]
-#[target_feature(enable = "avx2,f16c")]
-fn load_halves(halves: &[u16; PANEL]) -> [__m256; 2] {
-    let eights = halves.as_chunks::<8>().0;
-    // SAFETY: the array holds 8 halves, 16 bytes.
-    let low = unsafe { _mm_loadu_si128(eights[0].as_ptr().cast()) };
-    // SAFETY: as above.
-    let high = unsafe { _mm_loadu_si128(eights[1].as_ptr().cast()) };
-    [_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)]
-}
-
-#[inline(always)]
-fn half_of(lanes: &Lanes, half: usize) -> &[f32; 8] {
-    &lanes.as_chunks::<8>().0[half]
-}
-
-#[inline(always)]
-fn half_mut(lanes: &mut Lanes, half: usize) -> &mut [f32; 8] {
-    &mut lanes.as_chunks_mut::<8>().0[half]
+#[target_feature(enable = "avx2")]
+fn load_ints(ints: &[i16; 16]) -> __m256i {
+    // SAFETY: the array holds 32 bytes.
+    unsafe { _mm256_loadu_si256(ints.as_ptr().cast()) }
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load_f32(lanes: &[f32; 8]) -> __m256 {
+fn store_ints(value: __m256i, ints: &mut [i16; 16]) {
+    // SAFETY: the array holds 32 bytes.
+    unsafe { _mm256_storeu_si256(ints.as_mut_ptr().cast(), value) };
+}
+
+/// Halves of rows `8 * half..`.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn load_halves(halves: &[u16; PANEL], half: usize) -> __m256 {
+    let eight = &halves.as_chunks::<EIGHT>().0[half];
+    // SAFETY: the array holds 8 halves, 16 bytes.
+    let bits = unsafe { _mm_loadu_si128(eight.as_ptr().cast()) };
+    _mm256_cvtph_ps(bits)
+}
+
+#[inline(always)]
+fn half_mut(lanes: &mut Lanes, half: usize) -> &mut [f32; EIGHT] {
+    &mut lanes.as_chunks_mut::<EIGHT>().0[half]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_f32(lanes: &[f32; EIGHT]) -> __m256 {
     // SAFETY: the array holds 8 floats.
     unsafe { _mm256_loadu_ps(lanes.as_ptr()) }
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn store_f32(value: __m256, lanes: &mut [f32; 8]) {
+fn store_f32(value: __m256, lanes: &mut [f32; EIGHT]) {
     // SAFETY: the array holds 8 floats.
     unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), value) };
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn store_tile<const N: usize>(acc: [[__m256; 2]; N], out: &mut [Lanes; N]) {
-    for ([low, high], out) in acc.into_iter().zip(out) {
-        store_f32(low, half_mut(out, 0));
-        store_f32(high, half_mut(out, 1));
-    }
 }

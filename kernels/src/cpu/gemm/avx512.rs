@@ -2,73 +2,83 @@
 //!
 //! One 64-byte word of a packed panel is one register, so 16 weight rows by up to 8 activation rows take 8 words, 8 sums
 //! and 8 f32 accumulators of the 32 registers; activations come as 4-byte broadcasts from memory, which the dot product
-//! takes as an operand.
+//! takes as an operand. Where a row has a scale for each 16 columns, the sums of both are kept apart until they are scaled.
 
 use std::arch::x86_64::{
-    __m512, __m512i, _mm256_loadu_si256, _mm512_add_epi32, _mm512_and_si512, _mm512_cvtepi32_ps, _mm512_cvtph_ps,
-    _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi8, _mm512_set1_epi32,
-    _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi16, _mm512_storeu_ps,
+    __m128i, __m512, __m512i, _mm_loadu_si128, _mm256_loadu_si256, _mm512_add_epi32, _mm512_and_si512,
+    _mm512_broadcast_i32x4, _mm512_cvtepi8_epi32, _mm512_cvtepi16_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32,
+    _mm512_cvtph_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_mullo_epi32,
+    _mm512_or_si512, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512,
+    _mm512_shuffle_epi8, _mm512_slli_epi16, _mm512_slli_epi32, _mm512_srai_epi32, _mm512_srli_epi16, _mm512_srli_epi32,
+    _mm512_storeu_ps, _mm512_sub_epi32, _mm512_sub_ps,
 };
 
-use super::{IntDot, Lanes, TileQuants, TileScales, prefetch_ahead};
+use super::{Group, IntDot, Lanes, PREFETCH, TileActs, exact, prefetch};
 use crate::cpu::simd::Avx512;
 use crate::format::ggml::BLOCK;
-use crate::format::pack::{Offset, PANEL, PanelBlock, Quants};
+use crate::format::pack::{Codes, IQ4_CODES, PANEL, Packed, Scales, Word, Zero, ZeroKind};
 
 impl IntDot for Avx512 {
     const TILE_ROWS: usize = 8;
 
     #[inline(always)]
-    fn tile<B: PanelBlock, const N: usize>(
-        self,
-        panel: &[B],
-        quants: &[TileQuants<N>],
-        scales: &[TileScales<N>],
-        out: &mut [Lanes; N],
-    ) {
+    fn panel<B: Packed>(self, panel: &[B], rows: Group<'_>, _: &mut [u8], out: &mut [Lanes]) {
         // SAFETY: `self` came from `detect`, which saw every one of these features.
-        unsafe { tile(panel, quants, scales, out) }
+        unsafe { any_rows(panel, rows, out) }
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-fn tile<B: PanelBlock, const N: usize>(
-    panel: &[B],
-    quants: &[TileQuants<N>],
-    scales: &[TileScales<N>],
-    out: &mut [Lanes; N],
-) {
-    let mut acc = [_mm512_setzero_ps(); N];
-    for (((block, x), [d_x, s_x]), i) in panel.iter().zip(quants).zip(scales).zip(0..) {
-        if N <= 4 {
-            prefetch_ahead(panel, i);
+fn any_rows<B: Packed>(panel: &[B], rows: Group<'_>, out: &mut [Lanes]) {
+    for tile in rows.tiles() {
+        let out = &mut out[tile.row - rows.first..][..tile.len];
+        match tile.len {
+            8 => tile_of::<B, 8>(panel, rows.acts(tile), exact(out)),
+            4 => tile_of::<B, 4>(panel, rows.acts(tile), exact(out)),
+            2 => tile_of::<B, 2>(panel, rows.acts(tile), exact(out)),
+            _ => tile_of::<B, 1>(panel, rows.acts(tile), exact(out)),
         }
-        let w = words(block);
-        let (d, offset) = floats(block);
-        let mut sums = [_mm512_setzero_si512(); N];
-        if N <= 2 {
-            // Two chains for each row: with so few rows, one would wait for its own result.
+    }
+}
+
+/// Multiplies a panel with one tile.
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+fn tile_of<B: Packed, const N: usize>(panel: &[B], acts: TileActs<'_, N>, out: &mut [Lanes; N]) {
+    let mut acc = [_mm512_setzero_ps(); N];
+    for (unit, acts) in panel.iter().zip(acts.split(B::BLOCKS)) {
+        for b in 0..B::BLOCKS {
+            if N <= 4 {
+                prefetch(unit, b, PREFETCH);
+            }
+            let (x, [d_x, s_x], x_sums) = (&acts.quants[b], acts.scales[b], &acts.sums[b]);
+            let w = words(unit.codes(b));
+            let factors = factors(unit, b);
+            let mut low = [_mm512_setzero_si512(); N];
+            // Two chains for each row where their sums are wanted apart, or where one would wait for its own result.
             let mut high = [_mm512_setzero_si512(); N];
-            for j in 0..4 {
+            let two = B::SHAPE.scales == 2 || N <= 2;
+            for (j, w) in w.into_iter().enumerate() {
                 for n in 0..N {
-                    sums[n] = _mm512_dpbusd_epi32(sums[n], w[j], broadcast(&x[n], j));
-                    high[n] = _mm512_dpbusd_epi32(high[n], w[j + 4], broadcast(&x[n], j + 4));
+                    let chain = if two && j >= 4 { &mut high[n] } else { &mut low[n] };
+                    *chain = _mm512_dpbusd_epi32(*chain, w, broadcast(&x[n], j));
                 }
             }
             for n in 0..N {
-                sums[n] = _mm512_add_epi32(sums[n], high[n]);
+                let x_sums = x_sums[n].map(i32::from);
+                let sum = scaled::<B>(low[n], high[n], &factors, x_sums);
+                let scale = _mm512_mul_ps(factors.d, _mm512_set1_ps(d_x[n]));
+                acc[n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc[n]);
+                acc[n] = match B::SHAPE.zero {
+                    ZeroKind::Float => _mm512_fmadd_ps(factors.offset, _mm512_set1_ps(s_x[n]), acc[n]),
+                    ZeroKind::Codes => acc[n],
+                    ZeroKind::Mins => {
+                        let mins = times_sums(factors.ints, x_sums);
+                        let scale = _mm512_mul_ps(factors.offset, _mm512_set1_ps(d_x[n]));
+                        _mm512_fmadd_ps(_mm512_cvtepi32_ps(mins), scale, acc[n])
+                    }
+                };
             }
-        } else {
-            for (j, w) in w.into_iter().enumerate() {
-                for n in 0..N {
-                    sums[n] = _mm512_dpbusd_epi32(sums[n], w, broadcast(&x[n], j));
-                }
-            }
-        }
-        for n in 0..N {
-            let scale = _mm512_mul_ps(d, _mm512_set1_ps(d_x[n]));
-            acc[n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[n]), scale, acc[n]);
-            acc[n] = _mm512_fmadd_ps(offset, _mm512_set1_ps(s_x[n]), acc[n]);
         }
     }
     for (acc, out) in acc.into_iter().zip(out) {
@@ -77,39 +87,185 @@ fn tile<B: PanelBlock, const N: usize>(
     }
 }
 
-/// The block's quants as bytes: word `j` holds columns `4j..4j + 4`.
+/// What the codes of a block are multiplied with.
+struct Factors {
+    d: __m512,
+    /// Times the scaled sum of the activations, or times `d_x` for [`ZeroKind::Mins`].
+    offset: __m512,
+    /// Of the first and the last 16 columns.
+    scales: [__m512i; 2],
+    /// Mins of both 16 columns, for [`ZeroKind::Mins`].
+    ints: [__m512i; 2],
+    /// The code of zero, for [`ZeroKind::Codes`].
+    code: i32,
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx2,f16c")]
+fn factors<B: Packed>(unit: &B, b: usize) -> Factors {
+    let d = load_halves(unit.d());
+    let none = [_mm512_setzero_si512(); 2];
+    let nibble = _mm512_set1_epi32(15);
+    let (scales, mut ints) = match unit.scales(b) {
+        Scales::One => (none, none),
+        Scales::Each(scales) => ([_mm512_cvtepi8_epi32(load_16(&scales.map(i8::cast_unsigned))); 2], none),
+        Scales::Halves(scales) => {
+            // Pairs of bytes as 16 bits, then as 32: the first scale is the low byte, the second the high one.
+            let pairs = load_pairs(&scales.map(|pair| pair.map(i8::cast_unsigned)));
+            let first = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(pairs));
+            ([first, _mm512_srai_epi32::<8>(pairs)], none)
+        }
+        Scales::LowNibbles(packed) => {
+            let pairs = load_pairs(packed);
+            let part = [pairs, _mm512_srli_epi32::<8>(pairs)];
+            let mins = part.map(|part| _mm512_and_si512(_mm512_srli_epi32::<4>(part), nibble));
+            (part.map(|part| _mm512_and_si512(part, nibble)), mins)
+        }
+    };
+    let negative = |halves: &[u16; PANEL]| _mm512_sub_ps(_mm512_setzero_ps(), load_halves(halves));
+    let mut code = 0;
+    let offset = match unit.zero(b) {
+        Zero::Code(z) if B::SHAPE.scales == 0 => _mm512_mul_ps(d, _mm512_set1_ps(-f32::from(z))),
+        Zero::Code(z) => {
+            code = i32::from(z);
+            _mm512_setzero_ps()
+        }
+        Zero::Add(m) => load_halves(m),
+        Zero::Mins(dmin, mins) => {
+            _mm512_mul_ps(negative(dmin), _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_16(mins))))
+        }
+        Zero::HighNibbles(dmin, _) => negative(dmin),
+    };
+    if B::SHAPE.zero != ZeroKind::Mins {
+        ints = none;
+    }
+    Factors { d, offset, scales, ints, code }
+}
+
+/// The integer sum of a block from its two chains: scaled, and with zero where the type has it.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn scaled<B: Packed>(low: __m512i, high: __m512i, factors: &Factors, x_sums: [i32; 2]) -> __m512i {
+    if B::SHAPE.scales < 2 {
+        let sum = _mm512_add_epi32(low, high);
+        if B::SHAPE.scales == 0 {
+            return sum;
+        }
+        let zero = _mm512_set1_epi32(factors.code * (x_sums[0] + x_sums[1]));
+        return _mm512_mullo_epi32(_mm512_sub_epi32(sum, zero), factors.scales[0]);
+    }
+    let low = _mm512_sub_epi32(low, _mm512_set1_epi32(factors.code * x_sums[0]));
+    let high = _mm512_sub_epi32(high, _mm512_set1_epi32(factors.code * x_sums[1]));
+    _mm512_add_epi32(_mm512_mullo_epi32(low, factors.scales[0]), _mm512_mullo_epi32(high, factors.scales[1]))
+}
+
+/// `ints[0] * x_sums[0] + ints[1] * x_sums[1]`
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn times_sums(ints: [__m512i; 2], x_sums: [i32; 2]) -> __m512i {
+    let [low, high] = x_sums.map(|sum| _mm512_set1_epi32(sum));
+    _mm512_add_epi32(_mm512_mullo_epi32(ints[0], low), _mm512_mullo_epi32(ints[1], high))
+}
+
+/// The block's codes as bytes: word `j` holds columns `4j..4j + 4`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn words<B: PanelBlock>(block: &B) -> [__m512i; 8] {
+fn words(codes: Codes<'_>) -> [__m512i; 8] {
     let mut out = [_mm512_setzero_si512(); 8];
-    match block.quants() {
-        Quants::Nibbles(packed) => {
-            let mask = _mm512_set1_epi8(0x0f);
-            for (j, word) in packed.iter().enumerate() {
-                let word = load_word(word);
-                out[j] = _mm512_and_si512(word, mask);
-                out[j + 4] = _mm512_and_si512(_mm512_srli_epi16::<4>(word), mask);
+    match codes {
+        Codes::Two(low) => add_pairs(&mut out, low, 0),
+        Codes::Three(low, high) => {
+            add_pairs(&mut out, low, 0);
+            add_bits(&mut out, high, 2);
+        }
+        Codes::Four(low) => add_nibbles(&mut out, low),
+        Codes::Five(low, high) => {
+            add_nibbles(&mut out, low);
+            add_bits(&mut out, high, 4);
+        }
+        Codes::Six(low, high) => {
+            add_nibbles(&mut out, low);
+            add_pairs(&mut out, high, 4);
+        }
+        Codes::Eight(words) => {
+            for (out, word) in out.iter_mut().zip(words) {
+                *out = load_word(word);
             }
         }
-        Quants::Bytes(packed) => {
-            for (out, word) in out.iter_mut().zip(packed) {
-                *out = load_word(word);
+        Codes::Table(low) => {
+            add_nibbles(&mut out, low);
+            let table = _mm512_broadcast_i32x4(load_16(&IQ4_CODES));
+            for word in &mut out {
+                *word = _mm512_shuffle_epi8(table, *word);
             }
         }
     }
     out
 }
 
-/// Scales and offsets of a block's 16 rows.
 #[inline]
-#[target_feature(enable = "avx512f")]
-fn floats<B: PanelBlock>(block: &B) -> (__m512, __m512) {
-    let d = load_halves(block.scales());
-    let offset = match block.offset() {
-        Offset::Each(m) => load_halves(m),
-        Offset::Scales(times) => _mm512_mul_ps(d, _mm512_set1_ps(times)),
+#[target_feature(enable = "avx512f,avx512bw")]
+fn add_nibbles(out: &mut [__m512i; 8], words: &[Word; 4]) {
+    let mask = _mm512_set1_epi8(0x0f);
+    for (j, word) in words.iter().enumerate() {
+        let word = load_word(word);
+        out[j] = _mm512_and_si512(word, mask);
+        out[j + 4] = _mm512_and_si512(_mm512_srli_epi16::<4>(word), mask);
+    }
+}
+
+/// Pairs of bits, to bit 0 or 4.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn add_pairs(out: &mut [__m512i; 8], words: &[Word; 2], to: usize) {
+    for (words, packed) in out.as_chunks_mut::<4>().0.iter_mut().zip(words) {
+        let packed = load_word(packed);
+        let (mask, shifted) = if to == 0 {
+            let shifted =
+                [_mm512_srli_epi16::<2>(packed), _mm512_srli_epi16::<4>(packed), _mm512_srli_epi16::<6>(packed)];
+            (0x03, [packed, shifted[0], shifted[1], shifted[2]])
+        } else {
+            let shifted =
+                [_mm512_slli_epi16::<4>(packed), _mm512_slli_epi16::<2>(packed), _mm512_srli_epi16::<2>(packed)];
+            (0x30, [shifted[0], shifted[1], packed, shifted[2]])
+        };
+        for (word, pairs) in words.iter_mut().zip(shifted) {
+            *word = _mm512_or_si512(*word, _mm512_and_si512(pairs, _mm512_set1_epi8(mask)));
+        }
+    }
+}
+
+/// Single bits, to bit 2 or 4.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn add_bits(out: &mut [__m512i; 8], packed: &Word, to: usize) {
+    // From bit `j` of each byte: what crosses from one byte to the next, the mask takes away.
+    let packed = load_word(packed);
+    let shifted = if to == 2 {
+        let up =
+            [_mm512_slli_epi16::<2>(packed), _mm512_slli_epi16::<1>(packed), packed, _mm512_srli_epi16::<1>(packed)];
+        let down = [
+            _mm512_srli_epi16::<2>(packed),
+            _mm512_srli_epi16::<3>(packed),
+            _mm512_srli_epi16::<4>(packed),
+            _mm512_srli_epi16::<5>(packed),
+        ];
+        [up, down]
+    } else {
+        let up = [
+            _mm512_slli_epi16::<4>(packed),
+            _mm512_slli_epi16::<3>(packed),
+            _mm512_slli_epi16::<2>(packed),
+            _mm512_slli_epi16::<1>(packed),
+        ];
+        let down =
+            [packed, _mm512_srli_epi16::<1>(packed), _mm512_srli_epi16::<2>(packed), _mm512_srli_epi16::<3>(packed)];
+        [up, down]
     };
-    (d, offset)
+    let mask = _mm512_set1_epi8(1 << to);
+    for (word, bits) in out.iter_mut().zip(shifted.into_iter().flatten()) {
+        *word = _mm512_or_si512(*word, _mm512_and_si512(bits, mask));
+    }
 }
 
 /// Columns `4j..4j + 4` of an activation block in every lane.
@@ -122,7 +278,7 @@ fn broadcast(x: &[i8; BLOCK], j: usize) -> __m512i {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn load_word(word: &[u8; 64]) -> __m512i {
+fn load_word(word: &Word) -> __m512i {
     // SAFETY: the array holds 64 bytes; the load needs no alignment.
     unsafe { _mm512_loadu_si512(word.as_ptr().cast()) }
 }
@@ -133,4 +289,20 @@ fn load_halves(halves: &[u16; PANEL]) -> __m512 {
     // SAFETY: the array holds 32 bytes; the load needs no alignment.
     let halves = unsafe { _mm256_loadu_si256(halves.as_ptr().cast()) };
     _mm512_cvtph_ps(halves)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_16(bytes: &[u8; 16]) -> __m128i {
+    // SAFETY: the array holds 16 bytes; the load needs no alignment.
+    unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+}
+
+/// Pairs of bytes of 16 rows, as signed 16-bit numbers in 32.
+#[inline]
+#[target_feature(enable = "avx512f,avx2")]
+fn load_pairs(pairs: &[[u8; 2]; PANEL]) -> __m512i {
+    // SAFETY: the array holds 32 bytes; the load needs no alignment.
+    let pairs = unsafe { _mm256_loadu_si256(pairs.as_ptr().cast()) };
+    _mm512_cvtepi16_epi32(pairs)
 }

@@ -40,7 +40,7 @@ use super::isa::Isa;
 use super::simd::{Kernel, Simd, dispatch, prefetch_line};
 use crate::WeightType;
 use crate::format::ggml::BLOCK;
-use crate::format::pack::{ForPacked, PANEL, Packed, PanelBlock, Q4_0x16, Q4_1x16, Q8_0x16, for_packed};
+use crate::format::pack::{ForPacked, PANEL, Packed, for_packed};
 use crate::memory::{Plain, cast};
 
 /// 16 outputs of one activation row.
@@ -86,29 +86,8 @@ pub(crate) trait IntDot: Copy {
         0
     }
 
-    /// Multiplies a panel with one tile.
-    fn tile<B: PanelBlock, const N: usize>(
-        self,
-        panel: &[B],
-        quants: &[TileQuants<N>],
-        scales: &[TileScales<N>],
-        out: &mut [Lanes; N],
-    );
-
     /// Multiplies a panel with all rows of a group; `out` has one entry for each.
-    #[inline(always)]
-    fn panel<B: PanelBlock>(self, panel: &[B], rows: Group<'_>, scratch: &mut [u8], out: &mut [Lanes]) {
-        let _ = scratch;
-        for tile in rows.tiles() {
-            let out = &mut out[tile.row - rows.first..][..tile.len];
-            match tile.len {
-                8 => self.tile::<B, 8>(panel, rows.quants(tile), rows.scales(tile), exact(out)),
-                4 => self.tile::<B, 4>(panel, rows.quants(tile), rows.scales(tile), exact(out)),
-                2 => self.tile::<B, 2>(panel, rows.quants(tile), rows.scales(tile), exact(out)),
-                _ => self.tile::<B, 1>(panel, rows.quants(tile), rows.scales(tile), exact(out)),
-            }
-        }
-    }
+    fn panel<B: Packed>(self, panel: &[B], rows: Group<'_>, scratch: &mut [u8], out: &mut [Lanes]);
 }
 
 /// Consecutive activation rows that are multiplied together: whole tiles.
@@ -140,25 +119,15 @@ impl<'a> Group<'a> {
         tiles(self.first, self.end, self.acts.tile_rows)
     }
 
+    /// All blocks of a tile of `N` rows.
     #[inline(always)]
-    fn quants<const N: usize>(&self, tile: Tile) -> &'a [TileQuants<N>] {
-        let (blocks, _) = self.acts.tile(tile).0.as_chunks::<BLOCK>();
-        blocks.as_chunks::<N>().0
-    }
-
-    #[inline(always)]
-    fn scales<const N: usize>(&self, tile: Tile) -> &'a [TileScales<N>] {
-        let (halves, _) = self.acts.tile(tile).1.as_chunks::<N>();
-        halves.as_chunks::<2>().0
-    }
-}
-
-impl<'a> Group<'a> {
-    /// All blocks of a tile.
-    #[inline(always)]
-    fn acts_of<const N: usize>(&self, tile: Tile) -> TileActs<'a, N> {
-        let sums = self.acts.sums(tile).as_chunks::<N>().0;
-        TileActs { quants: self.quants(tile), scales: self.scales(tile), sums }
+    fn acts<const N: usize>(&self, tile: Tile) -> TileActs<'a, N> {
+        let (quants, scales) = self.acts.tile(tile);
+        TileActs {
+            quants: quants.as_chunks::<BLOCK>().0.as_chunks::<N>().0,
+            scales: scales.as_chunks::<N>().0.as_chunks::<2>().0,
+            sums: self.acts.sums(tile).as_chunks::<N>().0,
+        }
     }
 }
 
@@ -166,17 +135,13 @@ impl<'a> Group<'a> {
 /// 4 KiB page.
 const PREFETCH: usize = 4096;
 
-/// Asks for the memory [`PREFETCH`] bytes after block `index` of a panel, which is in the panels that follow.
+/// Asks for the memory `ahead` bytes after block `b` of a unit, which need not exist.
 #[inline(always)]
-fn prefetch_ahead<B>(panel: &[B], index: usize) {
-    prefetch_block(panel.as_ptr().wrapping_add(index).wrapping_byte_add(PREFETCH));
-}
-
-/// Asks for the lines of a block, which need not exist.
-#[inline(always)]
-fn prefetch_block<B>(block: *const B) {
-    for line in 0..size_of::<B>().div_ceil(64) {
-        prefetch_line(block.cast::<u8>().wrapping_add(line * 64));
+fn prefetch<B: Packed>(unit: &B, b: usize, ahead: usize) {
+    let (start, end) = (size_of::<B>() * b / B::BLOCKS, size_of::<B>() * (b + 1) / B::BLOCKS);
+    let ahead = std::ptr::from_ref(unit).cast::<u8>().wrapping_add(ahead);
+    for line in start.div_ceil(64)..end.div_ceil(64) {
+        prefetch_line(ahead.wrapping_add(line * 64));
     }
 }
 
@@ -210,26 +175,26 @@ impl Kernel for Multiply<'_> {
             WeightType::F32 => float::panel(s, cast::<float::AsF32>(panel), rows, out),
             WeightType::F16 => float::panel(s, cast::<float::AsF16>(panel), rows, out),
             WeightType::Bf16 => float::panel(s, cast::<float::AsBf16>(panel), rows, out),
-            WeightType::Q4_0 => s.panel(cast::<Q4_0x16>(panel), rows, scratch, out),
-            WeightType::Q4_1 => s.panel(cast::<Q4_1x16>(panel), rows, scratch, out),
-            WeightType::Q8_0 => s.panel(cast::<Q8_0x16>(panel), rows, scratch, out),
             _ => {
-                for_packed(ty, Reference { panel, rows, out });
+                for_packed(ty, Blocks { s, panel, rows, scratch, out });
             }
         }
     }
 }
 
-struct Reference<'a> {
+struct Blocks<'a, S> {
+    s: S,
     panel: &'a [u8],
     rows: Group<'a>,
+    scratch: &'a mut [u8],
     out: &'a mut [Lanes],
 }
 
-impl ForPacked for Reference<'_> {
+impl<S: Simd> ForPacked for Blocks<'_, S> {
     type Output = ();
 
+    #[inline(always)]
     fn run<B: Packed>(self) {
-        scalar::panel(cast::<B>(self.panel), self.rows, self.out);
+        self.s.panel(cast::<B>(self.panel), self.rows, self.scratch, self.out);
     }
 }

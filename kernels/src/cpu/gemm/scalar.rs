@@ -2,25 +2,28 @@
 
 use half::f16;
 
-use super::{Group, IntDot, Lanes, TileActs, TileQuants, TileScales, exact};
+use super::{Group, IntDot, Lanes, TileActs, exact};
 use crate::cpu::simd::Scalar;
 use crate::format::ggml::BLOCK;
-use crate::format::pack::{Offset, PANEL, Packed, PanelBlock, Quants, Scales, Zero};
+use crate::format::pack::{PANEL, Packed, Scales, Zero};
 
-/// Multiplies a panel with all rows of a group.
-pub(super) fn panel<B: Packed>(panel: &[B], rows: Group<'_>, out: &mut [Lanes]) {
-    for tile in rows.tiles() {
-        let out = &mut out[tile.row - rows.first..][..tile.len];
-        match tile.len {
-            8 => packed_tile::<B, 8>(panel, rows.acts_of(tile), exact(out)),
-            4 => packed_tile::<B, 4>(panel, rows.acts_of(tile), exact(out)),
-            2 => packed_tile::<B, 2>(panel, rows.acts_of(tile), exact(out)),
-            _ => packed_tile::<B, 1>(panel, rows.acts_of(tile), exact(out)),
+impl IntDot for Scalar {
+    const TILE_ROWS: usize = 4;
+
+    fn panel<B: Packed>(self, panel: &[B], rows: Group<'_>, _: &mut [u8], out: &mut [Lanes]) {
+        for tile in rows.tiles() {
+            let out = &mut out[tile.row - rows.first..][..tile.len];
+            match tile.len {
+                4 => tile_of::<B, 4>(panel, rows.acts(tile), exact(out)),
+                2 => tile_of::<B, 2>(panel, rows.acts(tile), exact(out)),
+                _ => tile_of::<B, 1>(panel, rows.acts(tile), exact(out)),
+            }
         }
     }
 }
 
-fn packed_tile<B: Packed, const N: usize>(panel: &[B], acts: TileActs<'_, N>, out: &mut [Lanes; N]) {
+/// Multiplies a panel with one tile.
+fn tile_of<B: Packed, const N: usize>(panel: &[B], acts: TileActs<'_, N>, out: &mut [Lanes; N]) {
     *out = [[0.0; PANEL]; N];
     for (i, TileActs { quants, scales, sums }) in acts.split(B::BLOCKS).enumerate() {
         let unit = &panel[i];
@@ -56,57 +59,6 @@ fn packed_tile<B: Packed, const N: usize>(panel: &[B], acts: TileActs<'_, N>, ou
 }
 
 /// Exact dot products of the first and the last 16 unsigned codes with signed quants.
-pub(super) fn half_dots(codes: &[u8; BLOCK], x: &[i8; BLOCK]) -> [i32; 2] {
+fn half_dots(codes: &[u8; BLOCK], x: &[i8; BLOCK]) -> [i32; 2] {
     [0, 16].map(|at| codes[at..at + 16].iter().zip(&x[at..]).map(|(&q, &x)| i32::from(q) * i32::from(x)).sum())
-}
-
-impl IntDot for Scalar {
-    const TILE_ROWS: usize = 4;
-
-    fn tile<B: PanelBlock, const N: usize>(
-        self,
-        panel: &[B],
-        quants: &[TileQuants<N>],
-        scales: &[TileScales<N>],
-        out: &mut [Lanes; N],
-    ) {
-        *out = [[0.0; PANEL]; N];
-        for ((block, quants), [d_x, s_x]) in panel.iter().zip(quants).zip(scales) {
-            for lane in 0..PANEL {
-                let d = f16::from_bits(block.scales()[lane]).to_f32();
-                let offset = match block.offset() {
-                    Offset::Each(m) => f16::from_bits(m[lane]).to_f32(),
-                    Offset::Scales(times) => d * times,
-                };
-                for n in 0..N {
-                    let sum = dot(block, lane, &quants[n]) as f32;
-                    out[n][lane] += sum * (d * d_x[n]);
-                    out[n][lane] += offset * s_x[n];
-                }
-            }
-        }
-    }
-}
-
-/// Exact dot product of a row's 32 unsigned quants with 32 signed ones.
-pub(super) fn dot<B: PanelBlock>(block: &B, lane: usize, x: &[i8; BLOCK]) -> i32 {
-    let mut sum = 0;
-    match block.quants() {
-        Quants::Nibbles(words) => {
-            for (word, i) in words.iter().zip((0..).step_by(4)) {
-                for c in 0..4 {
-                    let byte = word[lane * 4 + c];
-                    sum += i32::from(byte & 15) * i32::from(x[i + c]) + i32::from(byte >> 4) * i32::from(x[16 + i + c]);
-                }
-            }
-        }
-        Quants::Bytes(words) => {
-            for (word, i) in words.iter().zip((0..).step_by(4)) {
-                for c in 0..4 {
-                    sum += i32::from(word[lane * 4 + c]) * i32::from(x[i + c]);
-                }
-            }
-        }
-    }
-    sum
 }

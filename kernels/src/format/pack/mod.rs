@@ -29,8 +29,8 @@ use half::f16;
 use super::WeightType;
 use super::ggml::{BLOCK, IQ4_VALUES};
 use crate::memory::{Plain, cast, cast_mut};
-pub(crate) use simple::{Iq4Nlx16, Offset, PanelBlock, Q4_0x16, Q4_1x16, Q5_0x16, Q5_1x16, Q8_0x16, Quants};
-pub(crate) use superblocks::{Iq4Xsx16, Q2Kx16, Q3Kx16, Q4Kx16, Q5Kx16, Q6Kx16};
+use simple::{Iq4Nlx16, Q4_0x16, Q4_1x16, Q5_0x16, Q5_1x16, Q8_0x16};
+use superblocks::{Iq4Xsx16, Q2Kx16, Q3Kx16, Q4Kx16, Q5Kx16, Q6Kx16};
 
 /// Output rows of a panel.
 pub(crate) const PANEL: usize = 16;
@@ -129,10 +129,35 @@ pub(crate) enum Zero<'a> {
     HighNibbles(&'a [u16; PANEL], &'a [[u8; 2]; PANEL]),
 }
 
+/// What a kernel must know of a type before it runs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    /// Bits of a code as it is multiplied.
+    pub(crate) bits: usize,
+    /// Whole-number scales of a row in a block: 0, 1 or 2.
+    pub(crate) scales: usize,
+    /// How its zero is accounted for.
+    pub(crate) zero: ZeroKind,
+}
+
+/// How the zero of a type is accounted for in a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ZeroKind {
+    /// As a float for each row, times the scaled sum of the activations: [`Zero::Code`] without whole-number scales,
+    /// [`Zero::Add`] and [`Zero::Mins`].
+    Float,
+    /// In whole numbers, from the sums of 16 activations: [`Zero::Code`] with whole-number scales.
+    Codes,
+    /// Likewise, but with a scale of its own: [`Zero::HighNibbles`].
+    Mins,
+}
+
 /// A unit of a packed panel: 16 rows of one block of a file.
 pub(crate) trait Packed: Plain {
     /// What it is packed from.
     const TYPE: WeightType;
+    /// What its accessors return.
+    const SHAPE: Shape;
     /// Blocks of 32 columns.
     const BLOCKS: usize = Self::TYPE.block_len() / BLOCK;
 

@@ -9,7 +9,7 @@
 //!   IQ4_NL  d: 16 x f16                nibbles
 //! ```
 
-use super::{Codes, PANEL, Packed, Scales, Word, Zero, set_group, set_words};
+use super::{Codes, PANEL, Packed, Scales, Shape, Word, Zero, ZeroKind, set_group, set_words};
 use crate::WeightType;
 use crate::format::ggml::u16_at;
 use crate::memory::Plain;
@@ -18,7 +18,7 @@ use crate::memory::Plain;
 macro_rules! block {
     (
         $ty:ident, $name:ident { $($field:ident: $kind:ty),* }
-        |$this:ident| codes: $codes:expr, zero: $zero:expr;
+        |$this:ident| bits: $bits:literal, codes: $codes:expr, zero: $zero:expr;
         |$lane:ident, $source:ident| $set:block
     ) => {
         #[doc = concat!("32 columns of 16 rows of [`WeightType::", stringify!($ty), "`].")]
@@ -35,6 +35,7 @@ macro_rules! block {
 
         impl Packed for $name {
             const TYPE: WeightType = WeightType::$ty;
+            const SHAPE: Shape = Shape { bits: $bits, scales: 0, zero: ZeroKind::Float };
 
             #[inline(always)]
             fn d(&self) -> &[u16; PANEL] {
@@ -66,25 +67,25 @@ macro_rules! block {
 }
 
 block!(Q4_0, Q4_0x16 { q: [Word; 4] }
-    |this| codes: Codes::Four(&this.q), zero: Zero::Code(8);
+    |this| bits: 4, codes: Codes::Four(&this.q), zero: Zero::Code(8);
     |lane, source| { set_words(&mut this.q, lane, &source[2..], 0) });
 
 block!(Q4_1, Q4_1x16 { m: [u16; PANEL], q: [Word; 4] }
-|this| codes: Codes::Four(&this.q), zero: Zero::Add(&this.m);
+|this| bits: 4, codes: Codes::Four(&this.q), zero: Zero::Add(&this.m);
 |lane, source| {
     this.m[lane] = u16_at(source, 2);
     set_words(&mut this.q, lane, &source[4..], 0);
 });
 
 block!(Q5_0, Q5_0x16 { q: [Word; 4], high: Word }
-|this| codes: Codes::Five(&this.q, &this.high), zero: Zero::Code(16);
+|this| bits: 5, codes: Codes::Five(&this.q, &this.high), zero: Zero::Code(16);
 |lane, source| {
     set_high(&mut this.high, lane, &source[2..6]);
     set_words(&mut this.q, lane, &source[6..], 0);
 });
 
 block!(Q5_1, Q5_1x16 { m: [u16; PANEL], q: [Word; 4], high: Word }
-|this| codes: Codes::Five(&this.q, &this.high), zero: Zero::Add(&this.m);
+|this| bits: 5, codes: Codes::Five(&this.q, &this.high), zero: Zero::Add(&this.m);
 |lane, source| {
     this.m[lane] = u16_at(source, 2);
     set_high(&mut this.high, lane, &source[4..8]);
@@ -92,11 +93,11 @@ block!(Q5_1, Q5_1x16 { m: [u16; PANEL], q: [Word; 4], high: Word }
 });
 
 block!(Q8_0, Q8_0x16 { q: [Word; 8] }
-    |this| codes: Codes::Eight(&this.q), zero: Zero::Code(128);
+    |this| bits: 8, codes: Codes::Eight(&this.q), zero: Zero::Code(128);
     |lane, source| { set_words(&mut this.q, lane, &source[2..], 0x80) });
 
 block!(Iq4Nl, Iq4Nlx16 { q: [Word; 4] }
-    |this| codes: Codes::Table(&this.q), zero: Zero::Code(128);
+    |this| bits: 8, codes: Codes::Table(&this.q), zero: Zero::Code(128);
     |lane, source| { set_words(&mut this.q, lane, &source[2..], 0) });
 
 /// Writes the upper bits of a row: bit `4j + c` of the file's four bytes becomes bit `j` of byte `c`.
@@ -111,86 +112,4 @@ fn set_high(word: &mut Word, lane: usize, bits: &[u8]) {
         (fours | fours >> 12) as u8
     });
     set_group(word, lane, u32::from_ne_bytes(bytes));
-}
-
-/// The unsigned quants of a block.
-#[derive(Clone, Copy)]
-pub(crate) enum Quants<'a> {
-    /// 4 bits each.
-    Nibbles(&'a [Word; 4]),
-    /// 8 bits each.
-    Bytes(&'a [Word; 8]),
-}
-
-/// What is added to `d * q`, per row.
-#[derive(Clone, Copy)]
-pub(crate) enum Offset<'a> {
-    /// A value of its own, as f16.
-    Each(&'a [u16; PANEL]),
-    /// This many times `d`.
-    Scales(f32),
-}
-
-/// A block of a packed panel: `weight = d * q + offset`, with unsigned `q`.
-pub(crate) trait PanelBlock: Plain {
-    /// Bits of a quant: 4 or 8.
-    const BITS: usize;
-
-    /// Scales of the 16 rows, as f16.
-    fn scales(&self) -> &[u16; PANEL];
-    /// Offsets of the 16 rows.
-    fn offset(&self) -> Offset<'_>;
-    /// Quants of the 16 rows.
-    fn quants(&self) -> Quants<'_>;
-}
-
-impl PanelBlock for Q4_0x16 {
-    const BITS: usize = 4;
-
-    #[inline(always)]
-    fn scales(&self) -> &[u16; PANEL] {
-        &self.d
-    }
-    #[inline(always)]
-    fn offset(&self) -> Offset<'_> {
-        Offset::Scales(-8.0)
-    }
-    #[inline(always)]
-    fn quants(&self) -> Quants<'_> {
-        Quants::Nibbles(&self.q)
-    }
-}
-
-impl PanelBlock for Q4_1x16 {
-    const BITS: usize = 4;
-
-    #[inline(always)]
-    fn scales(&self) -> &[u16; PANEL] {
-        &self.d
-    }
-    #[inline(always)]
-    fn offset(&self) -> Offset<'_> {
-        Offset::Each(&self.m)
-    }
-    #[inline(always)]
-    fn quants(&self) -> Quants<'_> {
-        Quants::Nibbles(&self.q)
-    }
-}
-
-impl PanelBlock for Q8_0x16 {
-    const BITS: usize = 8;
-
-    #[inline(always)]
-    fn scales(&self) -> &[u16; PANEL] {
-        &self.d
-    }
-    #[inline(always)]
-    fn offset(&self) -> Offset<'_> {
-        Offset::Scales(-128.0)
-    }
-    #[inline(always)]
-    fn quants(&self) -> Quants<'_> {
-        Quants::Bytes(&self.q)
-    }
 }

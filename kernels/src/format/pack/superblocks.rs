@@ -12,7 +12,7 @@
 //!
 //! Each field is an array over the blocks of its own, so that words of quants start at whole vectors.
 
-use super::{Codes, PANEL, Packed, Scales, Word, Zero, set_bits, set_nibbles, set_pairs};
+use super::{Codes, PANEL, Packed, Scales, Shape, Word, Zero, ZeroKind, set_bits, set_nibbles, set_pairs};
 use crate::WeightType;
 use crate::format::ggml::{SuperBlock, super_block};
 use crate::memory::Plain;
@@ -23,7 +23,7 @@ const BLOCKS: usize = 8;
 /// Declares a packed block of a type: its fields after `d`, how to read block `b` of it, and how to write a row of it.
 macro_rules! super_block {
     (
-        $ty:ident, $name:ident { $($field:ident: $kind:ty),* }, $bytes:literal
+        $ty:ident, $name:ident { $($field:ident: $kind:ty),* }, $bytes:literal, $shape:expr;
         |$this:ident, $b:ident| codes: $codes:expr, scales: $scales:expr, zero: $zero:expr;
         |$lane:ident, $source:ident| $set:block
     ) => {
@@ -41,6 +41,7 @@ macro_rules! super_block {
 
         impl Packed for $name {
             const TYPE: WeightType = WeightType::$ty;
+            const SHAPE: Shape = $shape;
 
             #[inline(always)]
             fn d(&self) -> &[u16; PANEL] {
@@ -73,7 +74,7 @@ macro_rules! super_block {
     };
 }
 
-super_block!(Q2K, Q2Kx16 { dmin: [u16; PANEL], scales: [[[u8; 2]; PANEL]; BLOCKS], q: [[Word; 2]; BLOCKS] }, 1344
+super_block!(Q2K, Q2Kx16 { dmin: [u16; PANEL], scales: [[[u8; 2]; PANEL]; BLOCKS], q: [[Word; 2]; BLOCKS] }, 1344, Shape { bits: 2, scales: 2, zero: ZeroKind::Mins };
 |this, b| codes: Codes::Two(&this.q[b]), scales: Scales::LowNibbles(&this.scales[b]),
     zero: Zero::HighNibbles(&this.dmin, &this.scales[b]);
 |lane, source| {
@@ -82,7 +83,7 @@ super_block!(Q2K, Q2Kx16 { dmin: [u16; PANEL], scales: [[[u8; 2]; PANEL]; BLOCKS
     set_pairs(&mut this.q[b], lane, &source.codes[b], 0);
 });
 
-super_block!(Q3K, Q3Kx16 { scales: [[[i8; 2]; PANEL]; BLOCKS], q: [[Word; 2]; BLOCKS], high: [Word; BLOCKS] }, 1824
+super_block!(Q3K, Q3Kx16 { scales: [[[i8; 2]; PANEL]; BLOCKS], q: [[Word; 2]; BLOCKS], high: [Word; BLOCKS] }, 1824, Shape { bits: 3, scales: 2, zero: ZeroKind::Codes };
 |this, b| codes: Codes::Three(&this.q[b], &this.high[b]), scales: Scales::Halves(&this.scales[b]),
     zero: Zero::Code(4);
 |lane, source| {
@@ -91,7 +92,7 @@ super_block!(Q3K, Q3Kx16 { scales: [[[i8; 2]; PANEL]; BLOCKS], q: [[Word; 2]; BL
     set_bits(&mut this.high[b], lane, &source.codes[b], 2);
 });
 
-super_block!(Q4K, Q4Kx16 { dmin: [u16; PANEL], scales: [[i8; PANEL]; BLOCKS], mins: [[u8; PANEL]; BLOCKS], q: [[Word; 4]; BLOCKS] }, 2368
+super_block!(Q4K, Q4Kx16 { dmin: [u16; PANEL], scales: [[i8; PANEL]; BLOCKS], mins: [[u8; PANEL]; BLOCKS], q: [[Word; 4]; BLOCKS] }, 2368, Shape { bits: 4, scales: 1, zero: ZeroKind::Float };
 |this, b| codes: Codes::Four(&this.q[b]), scales: Scales::Each(&this.scales[b]),
     zero: Zero::Mins(&this.dmin, &this.mins[b]);
 |lane, source| {
@@ -101,7 +102,7 @@ super_block!(Q4K, Q4Kx16 { dmin: [u16; PANEL], scales: [[i8; PANEL]; BLOCKS], mi
     set_nibbles(&mut this.q[b], lane, &source.codes[b]);
 });
 
-super_block!(Q5K, Q5Kx16 { dmin: [u16; PANEL], scales: [[i8; PANEL]; BLOCKS], mins: [[u8; PANEL]; BLOCKS], q: [[Word; 4]; BLOCKS], high: [Word; BLOCKS] }, 2880
+super_block!(Q5K, Q5Kx16 { dmin: [u16; PANEL], scales: [[i8; PANEL]; BLOCKS], mins: [[u8; PANEL]; BLOCKS], q: [[Word; 4]; BLOCKS], high: [Word; BLOCKS] }, 2880, Shape { bits: 5, scales: 1, zero: ZeroKind::Float };
 |this, b| codes: Codes::Five(&this.q[b], &this.high[b]), scales: Scales::Each(&this.scales[b]),
     zero: Zero::Mins(&this.dmin, &this.mins[b]);
 |lane, source| {
@@ -112,7 +113,7 @@ super_block!(Q5K, Q5Kx16 { dmin: [u16; PANEL], scales: [[i8; PANEL]; BLOCKS], mi
     set_bits(&mut this.high[b], lane, &source.codes[b], 4);
 });
 
-super_block!(Q6K, Q6Kx16 { scales: [[[i8; 2]; PANEL]; BLOCKS], q: [[Word; 4]; BLOCKS], high: [[Word; 2]; BLOCKS] }, 3360
+super_block!(Q6K, Q6Kx16 { scales: [[[i8; 2]; PANEL]; BLOCKS], q: [[Word; 4]; BLOCKS], high: [[Word; 2]; BLOCKS] }, 3360, Shape { bits: 6, scales: 2, zero: ZeroKind::Codes };
 |this, b| codes: Codes::Six(&this.q[b], &this.high[b]), scales: Scales::Halves(&this.scales[b]),
     zero: Zero::Code(32);
 |lane, source| {
@@ -121,7 +122,7 @@ super_block!(Q6K, Q6Kx16 { scales: [[[i8; 2]; PANEL]; BLOCKS], q: [[Word; 4]; BL
     set_pairs(&mut this.high[b], lane, &source.codes[b], 4);
 });
 
-super_block!(Iq4Xs, Iq4Xsx16 { scales: [[i8; PANEL]; BLOCKS], q: [[Word; 4]; BLOCKS] }, 2208
+super_block!(Iq4Xs, Iq4Xsx16 { scales: [[i8; PANEL]; BLOCKS], q: [[Word; 4]; BLOCKS] }, 2208, Shape { bits: 8, scales: 1, zero: ZeroKind::Codes };
 |this, b| codes: Codes::Table(&this.q[b]), scales: Scales::Each(&this.scales[b]), zero: Zero::Code(128);
 |lane, source| {
     this.scales[b][lane] = source.scales[2 * b];
