@@ -146,9 +146,16 @@ impl Drop for Served {
 fn help_is_success_and_a_wrong_flag_is_2() {
     let help = stdout(&run(&["--help"]));
     assert!(help.contains("cupola serve") && help.contains("Examples:"), "{help}");
-    for command in
-        [&["serve"][..], &["run"], &["pull"], &["models"], &["plan"], &["bench", "serve"], &["bench", "kernel"]]
-    {
+    for command in [
+        &["serve"][..],
+        &["run"],
+        &["pull"],
+        &["models"],
+        &["plan"],
+        &["bench", "serve"],
+        &["bench", "kernel"],
+        &["bench", "perplexity"],
+    ] {
         let mut args = command.to_vec();
         args.push("--help");
         assert!(stdout(&run(&args)).contains("Usage: cupola"), "{command:?}");
@@ -340,6 +347,24 @@ fn bench_kernel_writes_every_format() {
 }
 
 #[cfg(unix)]
+#[test]
+fn bench_perplexity_scores_a_text_and_says_what_is_wrong_with_one() {
+    let text = scratch("text").join("text.txt");
+    std::fs::write(&text, "The lamp was lit at dusk, and the ships went by. ".repeat(40)).expect("a writable folder");
+    let with = |file: &str, context: &str| {
+        run(&["bench", "perplexity", "-m", tiny_model(), "-f", file, "-c", context, "-t", "1", "--json"])
+    };
+    let text = text.to_str().expect("UTF-8");
+    let result: Value = serde_json::from_str(&stdout(&with(text, "32"))).expect("JSON");
+    let windows = result["windows"].as_u64().expect("a count");
+    assert_eq!(result["scored_tokens"].as_u64(), Some(windows * 15), "{result}");
+    assert!(result["perplexity"].as_f64().is_some_and(|p| p > 1.0), "{result}");
+    for (file, context, named) in [("no-such.txt", "32", "no-such.txt"), (text, "100000", "100000")] {
+        let refused = with(file, context);
+        assert!(!refused.status.success() && self::text(&refused.stderr).contains(named), "{refused:?}");
+    }
+}
+
 #[test]
 fn serve_says_where_bench_measures_it_and_sigterm_ends_it() {
     let mut server = Served::start(&["--api-key", "secret", "--max-num-seqs", "4"]);

@@ -11,6 +11,7 @@
 
 pub mod compare;
 pub mod kernel;
+pub mod perplexity;
 pub mod random;
 pub mod serve;
 pub mod sse;

@@ -14,6 +14,7 @@ use super::compare::{self, CompareCommand, PlotArgs};
 use super::date::Utc;
 use super::engine_args::{DEFAULT_MODEL, open};
 use super::error::Error;
+use super::perplexity::{self, PerplexityArgs};
 use crate::bench::kernel::{self, table};
 use crate::bench::serve::report::{Metric, Report, Selection};
 use crate::bench::serve::{self, ClientError, Dialect, Options, Standing};
@@ -24,6 +25,8 @@ pub(crate) enum BenchCommand {
     Serve(Box<ServeArgs>),
     /// Time the decoder alone: prompt processing and generation, in tokens a second
     Kernel(KernelArgs),
+    /// Measure how well a model foretells a text, as `llama-perplexity` does
+    Perplexity(PerplexityArgs),
     /// Run Cupola and other engines in turn on one model and compare them
     #[command(subcommand)]
     Compare(CompareCommand),
@@ -35,6 +38,7 @@ pub(crate) fn run(command: &BenchCommand, out: &mut dyn Write) -> Result<(), Err
     match command {
         BenchCommand::Serve(args) => bench_serve(args, out),
         BenchCommand::Kernel(args) => bench_kernel(args, out),
+        BenchCommand::Perplexity(args) => perplexity::run(args, out),
         BenchCommand::Compare(command) => compare::run(command, out),
         BenchCommand::Plot(args) => compare::plot(args, out),
     }

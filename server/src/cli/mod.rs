@@ -11,6 +11,7 @@ mod date;
 mod engine_args;
 mod error;
 mod models;
+mod perplexity;
 mod plan;
 mod progress;
 mod pull;
