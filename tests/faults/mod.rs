@@ -54,7 +54,10 @@ fn a_client_that_goes_away_frees_its_blocks() {
 fn a_full_queue_refuses_at_once() {
     let Some(model) = default_model() else { return };
     let server = Server::start(&model, &["--max-num-seqs", "1", "--max-queued-requests", "2"]);
-    let held: Vec<TcpStream> = (0..3).map(|i| open(&server, &endless(&format!("Number {i}"), true))).collect();
+    // One runs before the others come: a request that arrives waits until a step takes it in, and three would not fit.
+    let runs = open(&server, &endless("Number 0", true));
+    server.wait_for_metric("vllm:num_requests_running", 1.0);
+    let held = [open(&server, &endless("Number 1", true)), open(&server, &endless("Number 2", true))];
     server.wait_for_metric("vllm:num_requests_waiting", 2.0);
     let mut refused = open(&server, &endless("One too many", true));
     let mut answer = String::new();
@@ -67,7 +70,7 @@ fn a_full_queue_refuses_at_once() {
     }
     assert!(answer.starts_with("HTTP/1.1 429"), "{answer}");
     assert!(answer.to_lowercase().contains("retry-after:"), "{answer}");
-    drop(held);
+    drop((runs, held));
     server.wait_for_metric("vllm:num_requests_waiting", 0.0);
 }
 
