@@ -18,14 +18,14 @@ mod isa;
 mod norm;
 mod pool;
 mod products;
-mod rope;
+pub(crate) mod rope;
 mod simd;
-mod spans;
+pub(crate) mod spans;
 mod threads;
 mod weights;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::sync::Mutex;
 

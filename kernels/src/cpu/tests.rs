@@ -10,13 +10,13 @@ fn backends() -> impl Iterator<Item = CpuBackend> {
     configs.map(|(isa, threads)| CpuBackend::new(CpuConfig { threads: Some(threads), isa: Some(isa) }).unwrap())
 }
 
-fn noise(i: usize) -> f32 {
+pub(crate) fn noise(i: usize) -> f32 {
     let mixed = (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     ((mixed ^ (mixed >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 40) as f32 / (1 << 23) as f32 - 1.0
 }
 
 /// Rows of a matrix in the file format of `ty`, and the values that they stand for.
-fn matrix(ty: WeightType, rows: usize, cols: usize, seed: usize) -> (Vec<u8>, Vec<f32>) {
+pub(crate) fn matrix(ty: WeightType, rows: usize, cols: usize, seed: usize) -> (Vec<u8>, Vec<f32>) {
     let mut file = Vec::new();
     for block in 0..rows * cols / ty.block_len() {
         let at = seed + block * 40;

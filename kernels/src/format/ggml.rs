@@ -28,10 +28,10 @@ use super::WeightType;
 pub const BLOCK: usize = 32;
 
 /// Values of a block of the K types and of IQ4_XS.
-pub(super) const SUPER: usize = 256;
+pub(crate) const SUPER: usize = 256;
 
 /// What the nibbles of the IQ4 types stand for.
-pub(super) const IQ4_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+pub(crate) const IQ4_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
 /// Reads the little-endian half at `bytes[at..at + 2]`.
 fn half_at(bytes: &[u8], at: usize) -> f32 {
@@ -115,17 +115,17 @@ fn high_bits(bytes: &[u8], at: usize) -> impl Fn(usize) -> u8 {
 }
 
 /// A block of 256 values, taken apart.
-pub(super) struct SuperBlock {
+pub(crate) struct SuperBlock {
     /// Scale of the scales, as f16.
-    pub(super) d: u16,
+    pub(crate) d: u16,
     /// Scale of the mins, as f16.
-    pub(super) dmin: u16,
+    pub(crate) dmin: u16,
     /// For each 16 values.
-    pub(super) scales: [i8; SUPER / 16],
+    pub(crate) scales: [i8; SUPER / 16],
     /// For each 16 values.
-    pub(super) mins: [u8; SUPER / 16],
+    pub(crate) mins: [u8; SUPER / 16],
     /// Unsigned quants, in the order of the values.
-    pub(super) codes: [[u8; BLOCK]; SUPER / BLOCK],
+    pub(crate) codes: [[u8; BLOCK]; SUPER / BLOCK],
 }
 
 impl SuperBlock {
@@ -139,7 +139,7 @@ impl SuperBlock {
 
 /// Takes a block of one of the types of 256 values apart.
 #[inline(always)]
-pub(super) fn super_block(ty: WeightType, src: &[u8]) -> SuperBlock {
+pub(crate) fn super_block(ty: WeightType, src: &[u8]) -> SuperBlock {
     let mut out = SuperBlock { d: 0, dmin: 0, scales: [0; 16], mins: [0; 16], codes: [[0; BLOCK]; 8] };
     match ty {
         WeightType::Q2K => {

@@ -69,6 +69,11 @@ impl RopeTable {
         self.values.bytes()
     }
 
+    /// `[position][cosines of all pairs | sines of all pairs]`
+    pub(crate) fn values(&self) -> &[f32] {
+        &self.values
+    }
+
     /// Cosines and sines of one position.
     fn at(&self, position: usize) -> (&[f32], &[f32]) {
         self.values[position * 2 * self.pairs..][..2 * self.pairs].split_at(self.pairs)

@@ -24,7 +24,7 @@ struct Attention {
   unsigned heads, head_dim, out_stride;
   /// Zero for none.
   float softcap;
-  /// A position sees itself and the window - 1 before it.
+  /// A position sees itself and the window - 1 before it; at most 2^31 - 1.
   unsigned window;
 };
 
@@ -94,20 +94,24 @@ struct Flash {
   float weight[2] = {};
 };
 
-/// Positions that a lane's two rows see: first <= position < last.
+/// Positions that a lane's two rows see: position < end and position + window >= end.
 struct Visible {
-  unsigned first[2], last[2];
+  unsigned end[2], window;
 };
 DEVICE Visible visible(const Attention& p, const Item& item, unsigned kv_head, unsigned query0) {
   Visible v;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const QueryRow row = query_row(p, item, kv_head, query0 + lane() / 4 + 8 * h);
-    v.last[h] = row.valid ? item.pos0 + row.token + 1 : 0;
-    v.first[h] = v.last[h] > p.window ? v.last[h] - p.window : 0;
+    v.end[h] = row.valid ? item.pos0 + row.token + 1 : 0;
   }
+  v.window = p.window;
   return v;
 }
+
+/// Chunks of keys that are read at a time. At 256 dimensions the sums take half of the registers.
+template <int DIM>
+constexpr int KEYS_AHEAD = DIM <= 128 ? DIM / 32 : 1;
 
 /// Takes the 32 positions from `position0` on into the softmax. `keys(n, c)` are the 16 bytes of this lane in score tile n,
 /// chunk c of 32 dimensions; `values(d)` those of 8 dimensions from 8 d on.
@@ -116,7 +120,7 @@ DEVICE void attend_block(Flash<DIM>& flash, const unsigned char* queries, unsign
                          float softcap, const Keys& keys, const Values& values) {
   const unsigned t = lane() % 4;
   float scores[4][4] = {};
-#pragma unroll
+#pragma unroll(KEYS_AHEAD<DIM>)
   for (int c = 0; c < DIM / 32; c++) {
     Words4 key[4];
 #pragma unroll
@@ -143,7 +147,8 @@ DEVICE void attend_block(Flash<DIM>& flash, const unsigned char* queries, unsign
       float score = scores[n][i];
       if (softcap > 0.0f) score = softcap * tanhf(score / softcap);
       score *= LOG2_E;
-      scores[n][i] = position >= see.first[h] && position < see.last[h] ? score : -INFINITY;
+      // As a difference, which is large when the position is behind the end.
+      scores[n][i] = see.end[h] - 1 - position < see.window ? score : -INFINITY;
       largest[h] = fmaxf(largest[h], scores[n][i]);
     }
   }
@@ -172,19 +177,25 @@ DEVICE void attend_block(Flash<DIM>& flash, const unsigned char* queries, unsign
 #pragma unroll
     for (int i = 0; i < 4; i++) flash.sums[d][i] *= shrink[i / 2];
   }
+  unsigned weights[2][4];
 #pragma unroll
   for (int step = 0; step < 2; step++) {
-    const unsigned a[4] = {
-        pack_bf16(scores[2 * step][0], scores[2 * step][1]),
-        pack_bf16(scores[2 * step][2], scores[2 * step][3]),
-        pack_bf16(scores[2 * step + 1][0], scores[2 * step + 1][1]),
-        pack_bf16(scores[2 * step + 1][2], scores[2 * step + 1][3]),
-    };
 #pragma unroll
-    for (int d = 0; d < DIM / 8; d++) {
+    for (int i = 0; i < 4; i++) {
+      const int n = 2 * step + i / 2, first = i % 2 * 2;
+      weights[step][i] = pack_bf16(scores[n][first], scores[n][first + 1]);
+    }
+  }
+#pragma unroll
+  for (int d = 0; d < DIM / 8; d++) {
+    // At 256 dimensions the compiler must not load all values before it uses the first.
+    if (DIM > 128 && d % 2 == 0) sync_warp();
+    const Words4 value = values(d);
+#pragma unroll
+    for (int step = 0; step < 2; step++) {
       unsigned b[2];
-      right_fragment(b, values(d), step);
-      mma_bf16(flash.sums[d], a, b);
+      right_fragment(b, value, step);
+      mma_bf16(flash.sums[d], weights[step], b);
     }
   }
 }

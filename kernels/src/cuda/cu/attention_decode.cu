@@ -9,7 +9,6 @@
 
 constexpr unsigned DECODE_WARPS = 4;
 
-/// Writes two rows of a lane's sums, divided by their weights, as activations.
 template <int DIM>
 DEVICE void decode(const Attention& p, unsigned char* queries, float* sums, float* states) {
   const Item item = p.items[blockIdx.x];
@@ -23,16 +22,16 @@ DEVICE void decode(const Attention& p, unsigned char* queries, float* sums, floa
     const bf16* keys = head_of_block(p.pool, p.table[item.table0 + position / KV_BLOCK], kv_head);
     const bf16* values = keys + KV_BLOCK * DIM;
     // The values are on their way while the scores are computed, where registers allow.
-    constexpr int AHEAD = DIM <= 128 ? DIM / 8 : 4;
+    constexpr int AHEAD = DIM <= 128 ? DIM / 8 : 0;
     const bf16* key_row = keys + (8 * (g / 2) + g % 2) * DIM + 8 * t;
     const bf16* value_row = values + g * KV_BLOCK + 8 * t;
-    Words4 ahead[AHEAD];
+    Words4 ahead[AHEAD > 0 ? AHEAD : 1];
 #pragma unroll
     for (int d = 0; d < AHEAD; d++) ahead[d] = load16_stream(value_row + 8 * d * KV_BLOCK);
     attend_block<DIM>(
         flash, queries, position, see, p.softcap,
         [&](int n, int c) { return load16_stream(key_row + 2 * n * DIM + 32 * c); },
-        [&](int d) { return d < AHEAD ? ahead[d < AHEAD ? d : 0] : load16_stream(value_row + 8 * d * KV_BLOCK); });
+        [&](int d) { return d < AHEAD ? ahead[d < AHEAD ? d : 0] : load16(value_row + 8 * d * KV_BLOCK); });
   }
   finish_weights(flash);
 
@@ -60,6 +59,8 @@ DEVICE void decode(const Attention& p, unsigned char* queries, float* sums, floa
     if (turn == warp()) {
 #pragma unroll
       for (int d = 0; d < DIM / 8; d++) {
+        // As in `attend_block`: no registers for reads far ahead.
+        if (DIM > 128 && d % 2 == 0) sync_warp();
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           float2* to = reinterpret_cast<float2*>(sums + (g + 8 * h) * DIM + 8 * d + 2 * t);
@@ -81,9 +82,10 @@ DEVICE void decode(const Attention& p, unsigned char* queries, float* sums, floa
     const unsigned r = at / (DIM / 4), dim = at % (DIM / 4) * 4;
     const float4 sum = reinterpret_cast<const float4*>(sums)[at];
     const float2 whole = state[r];
+    const QueryRow row = query_row(p, item, kv_head, item.query0 + r);
+    if (!row.valid) continue;
     if (item.slot == NO_SLOT) {
-      const QueryRow row = query_row(p, item, kv_head, item.query0 + r);
-      if (row.valid && dim < p.head_dim) {
+      if (dim < p.head_dim) {
         const float scale = 1.0f / whole.y;
         Words2 words;
         words.w[0] = pack_bf16(sum.x * scale, sum.y * scale);

@@ -1,14 +1,16 @@
 //! Attention of many rows (prefill): 64 query rows share each block of the pool through a ring in shared memory.
 //
 //     grid     (item, kv head)      item: 64 query rows of a span, all the positions that they see
-//     block    4 warps of 16 query rows; ring of 4 stages, each the keys and values of 32 positions
+//     block    4 warps of 16 query rows; ring of 2 or 3 stages, each the keys and values of 32 positions
 //
 // Keys lie in rows of DIM. A quarter of a warp reads 64 bytes each of two neighbouring rows, which fall on the same banks when
 // a row is a multiple of 128 bytes: there, odd rows swap the halves of every 128 bytes.
 #include "attention.cuh"
 
 constexpr unsigned PREFILL_WARPS = 4;
-constexpr unsigned PREFILL_STAGES = 4;
+/// Stages of the ring: 64 KiB at 128 dimensions, 96 KiB with the queries at 256.
+template <int DIM>
+constexpr unsigned PREFILL_STAGES = DIM <= 128 ? 3 : 2;
 
 template <int DIM>
 DEVICE unsigned key_chunk(unsigned row, unsigned chunk) {
@@ -26,7 +28,7 @@ DEVICE void prefill(const Attention& p, unsigned char* shared) {
   const unsigned* table = p.table + item.table0 + item.begin / KV_BLOCK;
 
   auto copy_block = [&](unsigned block) {
-    unsigned char* stage = ring + block % PREFILL_STAGES * 2 * HALF_BYTES;
+    unsigned char* stage = ring + block % PREFILL_STAGES<DIM> * 2 * HALF_BYTES;
     const bf16* from = head_of_block(p.pool, table[block], kv_head);
 #pragma unroll
     for (unsigned at = threadIdx.x; at < CHUNKS; at += THREADS) {
@@ -38,7 +40,7 @@ DEVICE void prefill(const Attention& p, unsigned char* shared) {
     }
   };
 #pragma unroll
-  for (unsigned s = 0; s < PREFILL_STAGES - 1; s++) {
+  for (unsigned s = 0; s < PREFILL_STAGES<DIM> - 1; s++) {
     if (s < blocks) copy_block(s);
     copy_async_commit();
   }
@@ -53,13 +55,13 @@ DEVICE void prefill(const Attention& p, unsigned char* shared) {
 
   Flash<DIM> flash;
   for (unsigned block = 0; block < blocks; block++) {
-    copy_async_wait<PREFILL_STAGES - 2>();
+    copy_async_wait<PREFILL_STAGES<DIM> - 2>();
     sync_threads();
-    if (block + PREFILL_STAGES - 1 < blocks) copy_block(block + PREFILL_STAGES - 1);
+    if (block + PREFILL_STAGES<DIM> - 1 < blocks) copy_block(block + PREFILL_STAGES<DIM> - 1);
     copy_async_commit();
     const unsigned position = (item.begin / KV_BLOCK + block) * KV_BLOCK;
     if (position >= warp_end || position + KV_BLOCK <= warp_begin) continue;
-    const unsigned char* keys = ring + block % PREFILL_STAGES * 2 * HALF_BYTES;
+    const unsigned char* keys = ring + block % PREFILL_STAGES<DIM> * 2 * HALF_BYTES;
     const unsigned char* values = keys + HALF_BYTES + 16 * lane();
     attend_block<DIM>(
         flash, queries, position, see, p.softcap,

@@ -134,7 +134,7 @@ DEVICE void small_product(const Product& p, float* sums) {
         if (row < p.rows && feature < p.features) {
           if (p.bias) {
             value[0] += p.bias[feature];
-            value[1] += p.bias[p.features + feature];
+            value[1] += p.bias[p.up_bias + feature];
           }
           bf16* out = reinterpret_cast<bf16*>(p.out) + (size_t)row * p.out_stride + p.out_first + feature;
           *out = to_bf16(gated(p.finish, value[0], value[1]));

@@ -94,7 +94,7 @@ DEVICE void tile_product(const Product& p, unsigned char* ring) {
             float up = acc[m][2 * n + 1][2 * h + i], gates = acc[m][2 * n][2 * h + i];
             if (p.bias && feature + i < p.features) {
               gates += p.bias[feature + i];
-              up += p.bias[p.features + feature + i];
+              up += p.bias[p.up_bias + feature + i];
             }
             out[i] = gated(p.finish, gates, up);
           }

@@ -197,7 +197,7 @@ enum Finish : unsigned { STORE = 0, ADD = 1, GATE_SILU = 2, GATE_GELU = 3, ARGMA
 struct Product {
   const unsigned char* tiles;
   const unsigned char* scales;
-  /// For this part: [features], of a gated product [2][features]; null without one.
+  /// For these features; of a gated product up's follow `up_bias` behind the gate's. Null without one.
   const float* bias;
   /// [rows, x_stride] bf16; x_stride is a multiple of 32 and columns past the matrix's are zero.
   const bf16* x;
@@ -208,6 +208,7 @@ struct Product {
   unsigned x_stride, rows, panels, blocks, features, out_stride, out_first, finish;
   /// Feature of the first row, for ARGMAX.
   unsigned first_feature;
+  unsigned up_bias;
 };
 
 /// f(gate) * up

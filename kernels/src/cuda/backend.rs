@@ -1,0 +1,642 @@
+//! The ops of a decoder on a CUDA device.
+//!
+//! ```text
+//!   CudaBackend ── Device (stream, kernels)
+//!     ├── arenas    buffers f32 [rows, cols] · acts bf16 [rows, cols to a multiple of 32, zeros behind]
+//!     ├── weights   Linear: tiles of bf16 or quants          products: small_* | expand_* + tile_*
+//!     ├── pools     bf16, heads padded to a width that has kernels
+//!     └── batches   tables of the last batches               rope_store, decode_*, prefill_*, attention_merge
+//! ```
+//!
+//! Every op checks its sizes as the CPU's do, then submits kernels and returns; only `linear_argmax` and `for_each_row` wait.
+//! The residual stream and all projections are f32, what matrix products and attention multiply is bf16, sums are f32.
+
+use super::DeviceInfo;
+use super::batch::{Batches, Cut, SLOTS, Tables};
+use super::driver::{Arg, Device, DeviceBytes, Launch};
+use super::fields::{Fields, NULL};
+use super::products::{Expanded, Finish, Input, Output, product};
+use super::weights::{Format, Linear};
+use crate::cpu::rope::RopeTable;
+use crate::cpu::spans::check_heads;
+use crate::kv::BLOCK_SIZE;
+use crate::memory::{Arena, cast_mut};
+use crate::{
+    ActId, Attention, Backend, BufferId, Epilogue, Error, GateFn, HeadShape, KvId, KvLayout, LinearId, PartOrder,
+    Result, RopeId, RopePairs, RopeStore, Rows, VectorId, WeightPart,
+};
+
+/// A window that holds every position.
+const NO_WINDOW: usize = i32::MAX as usize;
+/// Widths of a head that have attention kernels.
+const WIDTHS: [usize; 5] = [32, 64, 96, 128, 256];
+
+/// An f32 arena of shape `[rows, cols]`.
+struct Buffer {
+    rows: usize,
+    cols: usize,
+    values: DeviceBytes,
+}
+
+impl Buffer {
+    fn check(&self, op: &'static str, rows: usize, cols: usize) -> Result<()> {
+        if rows <= self.rows && cols == self.cols {
+            return Ok(());
+        }
+        let expected = format!("at most {} rows of {} columns", self.rows, self.cols);
+        Err(Error::Shape { op, expected, got: format!("{rows} rows of {cols}") })
+    }
+}
+
+/// A bf16 arena of shape `[rows, stride]`, of which `cols` columns are used and the others are zero.
+struct Act {
+    rows: usize,
+    cols: usize,
+    stride: usize,
+    /// Rows that an op has written.
+    ready: usize,
+    values: DeviceBytes,
+}
+
+impl Act {
+    fn check(&self, op: &'static str, rows: usize, cols: usize) -> Result<()> {
+        if rows <= self.rows && cols == self.cols {
+            return Ok(());
+        }
+        let expected = format!("at most {} rows of {} columns", self.rows, self.cols);
+        Err(Error::Shape { op, expected, got: format!("{rows} rows of {cols}") })
+    }
+
+    /// The first `rows` rows, which were written before.
+    fn read(&self, op: &'static str, rows: usize, cols: usize) -> Result<Input<'_>> {
+        self.check(op, rows, cols)?;
+        if rows > self.ready {
+            let expected = format!("at most the {} rows that were written", self.ready);
+            return Err(Error::Shape { op, expected, got: rows.to_string() });
+        }
+        Ok(Input { memory: &self.values, stride: self.stride, rows })
+    }
+}
+
+struct Vector {
+    len: usize,
+    values: DeviceBytes,
+}
+
+struct Rope {
+    pairs: usize,
+    positions: usize,
+    values: DeviceBytes,
+}
+
+/// A paged key/value pool, and what pieces of sequences leave behind.
+struct Pool {
+    layout: KvLayout,
+    blocks: usize,
+    /// A head's dimension as it is stored.
+    width: usize,
+    values: DeviceBytes,
+    partial: DeviceBytes,
+    partial_state: DeviceBytes,
+}
+
+impl Pool {
+    /// `Pool` of `cu/kv.cuh`.
+    fn fields(&self, layer: usize) -> Fields {
+        Fields::default()
+            .pointer(self.values.at(0))
+            .number(self.layout.layers)
+            .number(layer)
+            .number(self.layout.kv_heads)
+            .number(self.width)
+    }
+
+    fn check(&self, op: &'static str, layer: usize, shape: HeadShape) -> Result<()> {
+        check_heads(op, shape, self.layout)?;
+        if layer < self.layout.layers {
+            return Ok(());
+        }
+        Err(Error::Shape { op, expected: format!("a layer below {}", self.layout.layers), got: layer.to_string() })
+    }
+}
+
+/// Bytes of one block of a pool over all layers, on a device.
+pub fn kv_block_bytes(layout: KvLayout) -> usize {
+    let width = width_of(layout.head_dim).unwrap_or(layout.head_dim);
+    KvLayout { head_dim: width, ..layout }.block_bytes()
+}
+
+/// The width that heads of this dimension are stored in.
+fn width_of(head_dim: usize) -> Option<usize> {
+    WIDTHS.into_iter().find(|&width| width >= head_dim)
+}
+
+/// Elements of an activation row: whole tiles.
+fn act_stride(cols: usize) -> usize {
+    cols.next_multiple_of(super::weights::TILE_COLS)
+}
+
+/// The ops of a decoder on a CUDA device.
+pub struct CudaBackend {
+    device: Device,
+    vectors: Vec<Vector>,
+    linears: Vec<Linear>,
+    ropes: Vec<Rope>,
+    buffers: Vec<Buffer>,
+    acts: Vec<Act>,
+    pools: Vec<Pool>,
+    batches: Batches,
+    expanded: Expanded,
+    /// Token ids or row numbers of the op under way.
+    indices: Option<DeviceBytes>,
+    /// Best value and feature of each panel, and the best of each row.
+    argmax: Option<[DeviceBytes; 3]>,
+    /// Rows of `for_each_row`.
+    host: Arena<u8>,
+}
+
+impl CudaBackend {
+    /// Opens a device.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when the driver refuses.
+    pub fn new(info: DeviceInfo) -> Result<Self> {
+        Self::on(Device::open(info)?)
+    }
+
+    /// A backend on an open device.
+    pub(super) fn on(device: Device) -> Result<Self> {
+        Ok(Self {
+            device,
+            vectors: Vec::new(),
+            linears: Vec::new(),
+            ropes: Vec::new(),
+            buffers: Vec::new(),
+            acts: Vec::new(),
+            pools: Vec::new(),
+            batches: Batches::default(),
+            expanded: Expanded::default(),
+            indices: None,
+            argmax: None,
+            host: Arena::zeroed(0, "rows on the host")?,
+        })
+    }
+
+    /// Copies `values` to where kernels find token ids or row numbers.
+    fn send_indices(&mut self, values: &[u32]) -> Result<Arg> {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        fit(&mut self.device, &mut self.indices, bytes.len().max(1 << 12), "row numbers")?;
+        let memory = self.indices.as_mut().expect("`fit` made it");
+        self.device.upload(memory, 0, &bytes)?;
+        Ok(memory.at(0))
+    }
+
+    /// Submits a kernel of one block for each row.
+    fn launch_rows(&mut self, name: &'static str, rows: usize, block: u32, args: &[Arg]) -> Result<()> {
+        let kernel = self.device.kernel("elementwise", name)?;
+        self.device.launch(&kernel, Launch { grid: (rows as u32, 1), block, shared: 0 }, args)
+    }
+
+    fn check_consumer(&self, op: &'static str, consumer: LinearId, cols: usize) -> Result<()> {
+        let consumer = &self.linears[consumer.0 as usize];
+        if consumer.cols == cols {
+            return Ok(());
+        }
+        let expected = format!("{} columns, as its consumer reads", consumer.cols);
+        Err(Error::Shape { op, expected, got: cols.to_string() })
+    }
+}
+
+#[cfg(test)]
+impl CudaBackend {
+    /// The content of a pool, and the width of its heads.
+    pub(super) fn pool_values(&self, kv: KvId) -> (Vec<u16>, usize) {
+        let pool = &self.pools[kv.0 as usize];
+        let mut bytes = vec![0; kv_block_bytes(pool.layout) * pool.blocks];
+        self.device.download(&pool.values, 0, &mut bytes).unwrap();
+        (bytes.as_chunks::<2>().0.iter().map(|&pair| u16::from_le_bytes(pair)).collect(), pool.width)
+    }
+}
+
+/// Grows `memory` to at least `bytes`; what lay there is lost.
+fn fit(device: &mut Device, memory: &mut Option<DeviceBytes>, bytes: usize, what: &'static str) -> Result<()> {
+    if memory.as_ref().is_none_or(|memory| memory.len() < bytes) {
+        *memory = None;
+        *memory = Some(device.alloc(bytes.next_power_of_two(), what)?);
+    }
+    Ok(())
+}
+
+/// The handle of the item that is about to be pushed.
+fn next_id<T>(items: &[T]) -> u32 {
+    u32::try_from(items.len()).expect("fewer than 2^32 arenas")
+}
+
+fn check_order(op: &'static str, linear: &Linear, order: PartOrder) -> Result<()> {
+    if linear.order == order {
+        return Ok(());
+    }
+    Err(Error::Shape { op, expected: format!("a matrix packed as {order:?}"), got: format!("{:?}", linear.order) })
+}
+
+fn check_cols(op: &'static str, expected: usize, got: usize) -> Result<()> {
+    if expected == got {
+        return Ok(());
+    }
+    Err(Error::Shape { op, expected: format!("{expected} columns"), got: got.to_string() })
+}
+
+/// Copies f32 values to new device memory.
+fn upload_floats(device: &mut Device, values: &[f32], what: &'static str) -> Result<DeviceBytes> {
+    let mut memory = device.alloc(size_of_val(values), what)?;
+    // In pieces, so that a large table does not exist three times.
+    let mut bytes = Vec::new();
+    for (i, piece) in values.chunks(1 << 20).enumerate() {
+        bytes.clear();
+        bytes.extend(piece.iter().flat_map(|value| value.to_le_bytes()));
+        device.upload(&mut memory, i << 22, &bytes)?;
+    }
+    Ok(memory)
+}
+
+impl Backend for CudaBackend {
+    fn describe(&self) -> String {
+        let info = self.device.info();
+        let (major, minor) = info.capability;
+        format!("cuda:{}, {}, compute capability {major}.{minor}", info.ordinal, info.name)
+    }
+
+    fn threads(&self) -> usize {
+        1
+    }
+
+    fn allocated_bytes(&self) -> u64 {
+        self.device.allocated()
+    }
+
+    fn load_vector(&mut self, values: &[f32]) -> Result<VectorId> {
+        let id = VectorId(next_id(&self.vectors));
+        let memory = upload_floats(&mut self.device, values, "a vector of parameters")?;
+        self.vectors.push(Vector { len: values.len(), values: memory });
+        Ok(id)
+    }
+
+    fn load_linear(&mut self, parts: &[WeightPart<'_>], order: PartOrder, bias: Option<&[f32]>) -> Result<LinearId> {
+        let linear = Linear::load(&mut self.device, parts, order, bias)?;
+        self.expanded.fit(&mut self.device, &linear)?;
+        let id = LinearId(next_id(&self.linears));
+        self.linears.push(linear);
+        Ok(id)
+    }
+
+    fn load_rope(&mut self, inv_freq: &[f64], scale: f64, max_positions: usize) -> Result<RopeId> {
+        let table = RopeTable::new(inv_freq, scale, max_positions)?;
+        let values = upload_floats(&mut self.device, table.values(), "a rotary table")?;
+        let id = RopeId(next_id(&self.ropes));
+        self.ropes.push(Rope { pairs: inv_freq.len(), positions: table.positions(), values });
+        Ok(id)
+    }
+
+    fn alloc_buffer(&mut self, rows: usize, cols: usize) -> Result<BufferId> {
+        let values = self.device.alloc_zeroed(rows.saturating_mul(cols).saturating_mul(4), "a buffer")?;
+        let id = BufferId(next_id(&self.buffers));
+        self.buffers.push(Buffer { rows, cols, values });
+        Ok(id)
+    }
+
+    fn alloc_act(&mut self, rows: usize, cols: usize) -> Result<ActId> {
+        let stride = act_stride(cols);
+        let values = self.device.alloc_zeroed(rows.saturating_mul(stride).saturating_mul(2), "activations")?;
+        let id = ActId(next_id(&self.acts));
+        self.acts.push(Act { rows, cols, stride, ready: 0, values });
+        Ok(id)
+    }
+
+    fn alloc_kv(&mut self, layout: KvLayout, num_blocks: usize) -> Result<KvId> {
+        let Some(width) = width_of(layout.head_dim) else {
+            let expected = format!("heads of at most {} dimensions", WIDTHS[WIDTHS.len() - 1]);
+            return Err(Error::Shape { op: "alloc_kv", expected, got: layout.head_dim.to_string() });
+        };
+        let values =
+            self.device.alloc_zeroed(kv_block_bytes(layout).saturating_mul(num_blocks), "the key/value pool")?;
+        let rows = SLOTS * layout.kv_heads * 16;
+        let partial = self.device.alloc(rows * width * 4, "pieces of attention")?;
+        let partial_state = self.device.alloc(rows * 8, "pieces of attention")?;
+        let id = KvId(next_id(&self.pools));
+        self.pools.push(Pool { layout, blocks: num_blocks, width, values, partial, partial_state });
+        Ok(id)
+    }
+
+    fn embed(&mut self, table: LinearId, tokens: &[u32], scale: f32, out: BufferId) -> Result<()> {
+        const OP: &str = "embed";
+        let weight = &self.linears[table.0 as usize];
+        self.buffers[out.0 as usize].check(OP, tokens.len(), weight.cols)?;
+        check_order(OP, weight, PartOrder::Concat)?;
+        if let Some(token) = tokens.iter().find(|&&token| token as usize >= weight.rows) {
+            let expected = format!("tokens below {}", weight.rows);
+            return Err(Error::Shape { op: OP, expected, got: token.to_string() });
+        }
+        let [part] = &weight.parts[..] else {
+            let got = format!("{} parts", weight.parts.len());
+            return Err(Error::Shape { op: OP, expected: "a table of one part".into(), got });
+        };
+        let name = match part.format {
+            Format::Bf16 => "embed_bf16",
+            Format::Q4 => "embed_q4",
+            Format::Q8 => "embed_q8",
+            Format::Q8Half => "embed_q8h",
+        };
+        let (tiles, scales) = (part.tiles.at(0), part.scales.as_ref().map_or(NULL, |scales| scales.at(0)));
+        let (blocks, cols) = (weight.blocks() as u32, weight.cols as u32);
+        let ids = self.send_indices(tokens)?;
+        let out = self.buffers[out.0 as usize].values.at(0);
+        let args = [tiles, scales, ids, out, Arg::U32(blocks), Arg::U32(cols), Arg::F32(scale)];
+        self.launch_rows(name, tokens.len(), 128, &args)
+    }
+
+    fn keep_rows(&mut self, buffer: BufferId, rows: &[u32]) -> Result<()> {
+        const OP: &str = "keep_rows";
+        let id = buffer;
+        let buffer = &self.buffers[id.0 as usize];
+        let cols = buffer.cols;
+        buffer.check(OP, rows.last().map_or(0, |&row| row as usize + 1), cols)?;
+        if !rows.is_sorted_by(|a, b| a < b) {
+            return Err(Error::Shape { op: OP, expected: "rows in ascending order".into(), got: format!("{rows:?}") });
+        }
+        // Rows that stay where they are, as in a batch of decoding sequences, need no work.
+        if rows.last().is_none_or(|&last| last as usize + 1 == rows.len()) {
+            return Ok(());
+        }
+        let ids = self.send_indices(rows)?;
+        let (name, cols) = if cols.is_multiple_of(4) { ("keep_rows_4", cols / 4) } else { ("keep_rows_1", cols) };
+        let values = self.buffers[id.0 as usize].values.at(0);
+        let args = [values, ids, Arg::U32(rows.len() as u32), Arg::U32(cols as u32)];
+        self.launch_rows(name, cols.div_ceil(64), 64, &args)
+    }
+
+    fn rms_norm(
+        &mut self,
+        x: BufferId,
+        rows: Rows<'_>,
+        (weight, eps): (VectorId, f32),
+        consumer: LinearId,
+        out: ActId,
+    ) -> Result<()> {
+        const OP: &str = "rms_norm";
+        let buffer = &self.buffers[x.0 as usize];
+        let cols = buffer.cols;
+        check_cols(OP, cols, self.vectors[weight.0 as usize].len)?;
+        let end = match rows {
+            Rows::First(n) => n,
+            Rows::Picked(rows) => rows.iter().max().map_or(0, |&row| row as usize + 1),
+        };
+        buffer.check(OP, end, cols)?;
+        self.check_consumer(OP, consumer, cols)?;
+        self.acts[out.0 as usize].check(OP, rows.len(), cols)?;
+        let ids = match rows {
+            Rows::First(_) => NULL,
+            Rows::Picked(rows) => self.send_indices(rows)?,
+        };
+        let act = &mut self.acts[out.0 as usize];
+        act.ready = rows.len();
+        let args = [
+            self.buffers[x.0 as usize].values.at(0),
+            ids,
+            self.vectors[weight.0 as usize].values.at(0),
+            act.values.at(0),
+            Arg::U32(cols as u32),
+            Arg::U32(act.stride as u32),
+            Arg::F32(eps),
+        ];
+        self.launch_rows("rms_norm", rows.len(), 256, &args)
+    }
+
+    fn rms_norm_add(&mut self, y: BufferId, rows: usize, (weight, eps): (VectorId, f32), x: BufferId) -> Result<()> {
+        const OP: &str = "rms_norm_add";
+        if x == y {
+            return Err(Error::Shape { op: OP, expected: "two buffers".into(), got: "the same one twice".into() });
+        }
+        let (y, x) = (&self.buffers[y.0 as usize], &self.buffers[x.0 as usize]);
+        let (weight, cols) = (&self.vectors[weight.0 as usize], x.cols);
+        check_cols(OP, cols, weight.len)?;
+        y.check(OP, rows, cols)?;
+        x.check(OP, rows, cols)?;
+        let args = [y.values.at(0), weight.values.at(0), x.values.at(0), Arg::U32(cols as u32), Arg::F32(eps)];
+        self.launch_rows("rms_norm_add", rows, 256, &args)
+    }
+
+    fn linear(&mut self, x: ActId, rows: usize, weight: LinearId, epilogue: Epilogue, out: BufferId) -> Result<()> {
+        const OP: &str = "linear";
+        let weight = &self.linears[weight.0 as usize];
+        check_order(OP, weight, PartOrder::Concat)?;
+        let x = self.acts[x.0 as usize].read(OP, rows, weight.cols)?;
+        let out = &self.buffers[out.0 as usize];
+        out.check(OP, rows, weight.rows)?;
+        let out = Output { memory: &out.values, stride: out.cols, index: None };
+        product(&mut self.device, &self.expanded, weight, x, epilogue.into(), out)
+    }
+
+    fn gate_up(
+        &mut self,
+        x: ActId,
+        rows: usize,
+        weight: LinearId,
+        f: GateFn,
+        consumer: LinearId,
+        out: ActId,
+    ) -> Result<()> {
+        const OP: &str = "gate_up";
+        let weight = &self.linears[weight.0 as usize];
+        check_order(OP, weight, PartOrder::GateUp)?;
+        self.check_consumer(OP, consumer, weight.rows / 2)?;
+        let Ok([x, out]) = self.acts.get_disjoint_mut([x.0 as usize, out.0 as usize]) else {
+            return Err(Error::Shape { op: OP, expected: "two arenas".into(), got: "the same one twice".into() });
+        };
+        let x = x.read(OP, rows, weight.cols)?;
+        out.check(OP, rows, weight.rows / 2)?;
+        out.ready = rows;
+        let out = Output { memory: &out.values, stride: out.stride, index: None };
+        product(&mut self.device, &self.expanded, weight, x, f.into(), out)
+    }
+
+    fn rope_store(&mut self, op: RopeStore<'_>) -> Result<()> {
+        const OP: &str = "rope_store";
+        /// Heads of a block, one a warp.
+        const HEADS: usize = 4;
+        let refuse = |expected: String, got: String| Err(Error::Shape { op: OP, expected, got });
+        let pool = &self.pools[op.kv.0 as usize];
+        pool.check(OP, op.layer, op.shape)?;
+        let qkv = &self.buffers[op.qkv.0 as usize];
+        qkv.check(OP, 0, op.shape.qkv_cols())?;
+        let HeadShape { heads, kv_heads, head_dim } = op.shape;
+        let rope = &self.ropes[op.rope.0 as usize];
+        if 2 * rope.pairs > head_dim {
+            return refuse(format!("at most {head_dim} rotary dimensions"), (2 * rope.pairs).to_string());
+        }
+        if let Some(span) = op.spans.iter().find(|span| span.pos0 as usize + span.rows as usize > rope.positions) {
+            return refuse(format!("positions below {}", rope.positions), format!("{span:?}"));
+        }
+        let (mut norms, mut eps) = ([NULL; 2], 0.0);
+        if let Some((q, k, norm_eps)) = op.qk_norm {
+            let vectors = [q, k].map(|id| &self.vectors[id.0 as usize]);
+            if vectors.iter().any(|vector| vector.len != head_dim) {
+                let got = format!("{} and {}", vectors[0].len, vectors[1].len);
+                return refuse(format!("norm weights of {head_dim} values"), got);
+            }
+            (norms, eps) = (vectors.map(|vector| vector.values.at(0)), norm_eps);
+        }
+        let sequences = (op.spans, op.block_table);
+        let tables = self.batches.tables(&mut self.device, (OP, None), sequences, (pool.blocks, qkv.rows))?;
+        // `RopeStore` of `cu/rope.cu`.
+        let fields = Fields::default()
+            .inner(pool.fields(op.layer))
+            .pointer(qkv.values.at(0))
+            .pointer(tables.positions())
+            .pointer(tables.places())
+            .pointer(rope.values.at(0))
+            .pointer(norms[0])
+            .pointer(norms[1])
+            .number(heads)
+            .number(head_dim)
+            .number(rope.pairs)
+            .number(usize::from(op.pairs == RopePairs::Interleaved))
+            .float(op.query_scale)
+            .float(eps);
+        let kernel = self.device.kernel("rope", "rope_store")?;
+        let grid = (tables.rows as u32, (heads + 2 * kv_heads).div_ceil(HEADS) as u32);
+        self.device.launch(&kernel, Launch { grid, block: 32 * HEADS as u32, shared: 0 }, &[Arg::Fields(fields)])
+    }
+
+    fn attention(&mut self, op: Attention<'_>) -> Result<()> {
+        const OP: &str = "attention";
+        let refuse = |expected: &str, got: String| Err(Error::Shape { op: OP, expected: expected.into(), got });
+        let pool = &self.pools[op.kv.0 as usize];
+        pool.check(OP, op.layer, op.shape)?;
+        let qkv = &self.buffers[op.qkv.0 as usize];
+        qkv.check(OP, 0, op.shape.qkv_cols())?;
+        let HeadShape { heads, kv_heads, head_dim } = op.shape;
+        let cols = heads * head_dim;
+        self.check_consumer(OP, op.consumer, cols)?;
+        if op.window == Some(0) {
+            return refuse("a window of at least 1", "0".into());
+        }
+        if op.softcap.is_some_and(|cap| !(cap > 0.0 && cap.is_finite())) {
+            return refuse("a softcap above 0", format!("{:?}", op.softcap));
+        }
+        let out = &mut self.acts[op.out.0 as usize];
+        let rows = op.spans.iter().map(|span| span.row0 as usize + span.rows as usize).max().unwrap_or(0);
+        out.check(OP, rows, cols)?;
+        let cut = Cut { group: heads / kv_heads, window: op.window };
+        let sequences = (op.spans, op.block_table);
+        let tables = self.batches.tables(&mut self.device, (OP, Some(cut)), sequences, (pool.blocks, qkv.rows))?;
+        out.ready = rows;
+        let fields = |items: Arg| {
+            // `Attention` of `cu/attention.cuh`.
+            let fields = Fields::default()
+                .inner(pool.fields(op.layer))
+                .pointer(qkv.values.at(0))
+                .pointer(tables.block_table())
+                .pointer(items)
+                .pointer(out.values.at(0))
+                .pointer(pool.partial.at(0))
+                .pointer(pool.partial_state.at(0))
+                .number(heads)
+                .number(head_dim)
+                .number(out.stride)
+                .float(op.softcap.unwrap_or(0.0))
+                // Kernels see positions in a window by an unsigned difference, which is below 2^31 for those alone.
+                .number(op.window.unwrap_or(NO_WINDOW).min(NO_WINDOW));
+            [Arg::Fields(fields)]
+        };
+        launch_attention(&mut self.device, pool, tables, fields)
+    }
+
+    fn linear_argmax(&mut self, x: ActId, rows: usize, weight: LinearId, out: &mut Vec<u32>) -> Result<()> {
+        const OP: &str = "linear_argmax";
+        let weight = &self.linears[weight.0 as usize];
+        check_order(OP, weight, PartOrder::Concat)?;
+        let x = self.acts[x.0 as usize].read(OP, rows, weight.cols)?;
+        let panels = weight.panels();
+        let bytes = rows * panels * 4;
+        if self.argmax.as_ref().is_none_or(|scratch| scratch[0].len() < bytes || scratch[2].len() < 4 * rows) {
+            self.argmax = None;
+            let mut alloc = |bytes: usize| self.device.alloc(bytes.next_power_of_two(), "the best of each panel");
+            self.argmax = Some([alloc(bytes)?, alloc(bytes)?, alloc(4 * rows)?]);
+        }
+        let [values, features, best] = self.argmax.as_ref().expect("it was just made where there was none");
+        let output = Output { memory: values, stride: panels, index: Some(features) };
+        product(&mut self.device, &self.expanded, weight, x, Finish::Argmax, output)?;
+        let kernel = self.device.kernel("elementwise", "argmax")?;
+        let args = [values.at(0), features.at(0), best.at(0), Arg::U32(panels as u32)];
+        self.device.launch(&kernel, Launch { grid: (rows as u32, 1), block: 256, shared: 0 }, &args)?;
+        let mut bytes = vec![0; 4 * rows];
+        self.device.download(best, 0, &mut bytes)?;
+        out.clear();
+        out.extend(bytes.as_chunks::<4>().0.iter().map(|&word| u32::from_le_bytes(word)));
+        Ok(())
+    }
+
+    fn for_each_row(&mut self, buffer: BufferId, rows: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {
+        let buffer = &mut self.buffers[buffer.0 as usize];
+        let cols = buffer.cols;
+        buffer.check("for_each_row", rows, cols)?;
+        if rows * cols == 0 {
+            return Ok(());
+        }
+        let bytes = rows * cols * size_of::<f32>();
+        if self.host.len() < bytes {
+            self.host = Arena::zeroed(bytes.next_power_of_two(), "rows on the host")?;
+        }
+        let host = &mut self.host[..bytes];
+        self.device.download(&buffer.values, 0, host)?;
+        let values: &mut [f32] = cast_mut(host);
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(rows);
+        let share = rows.div_ceil(threads);
+        std::thread::scope(|scope| {
+            for (i, values) in values.chunks_mut(share * cols).enumerate() {
+                let mut work = move || {
+                    for (row, values) in values.chunks_exact_mut(cols).enumerate() {
+                        f(i * share + row, values);
+                    }
+                };
+                // The first share is this thread's own.
+                if threads == 1 {
+                    work();
+                } else {
+                    scope.spawn(work);
+                }
+            }
+        });
+        self.device.upload(&mut buffer.values, 0, &self.host[..bytes])
+    }
+}
+
+/// Submits the items of attention: those of few rows, of many, and the merges.
+fn launch_attention(device: &mut Device, pool: &Pool, tables: &Tables, fields: impl Fn(Arg) -> [Arg; 1]) -> Result<()> {
+    let kv_heads = pool.layout.kv_heads as u32;
+    let width = WIDTHS.iter().position(|&width| width == pool.width).expect("the pool was made with one of them");
+    let [few, many, merges] = tables.items();
+    let counts = tables.counts;
+    if counts.few > 0 {
+        let name = ["decode_32", "decode_64", "decode_96", "decode_128", "decode_256"][width];
+        let kernel = device.kernel("attention_decode", name)?;
+        let shape = Launch { grid: (counts.few as u32, kv_heads), block: 128, shared: 0 };
+        device.launch(&kernel, shape, &fields(few))?;
+    }
+    if counts.merges > 0 {
+        let kernel = device.kernel("attention_decode", "attention_merge")?;
+        let shape = Launch { grid: (counts.merges as u32, kv_heads), block: 128, shared: 0 };
+        device.launch(&kernel, shape, &fields(merges))?;
+    }
+    if counts.many > 0 {
+        let name = ["prefill_32", "prefill_64", "prefill_96", "prefill_128", "prefill_256"][width];
+        // Queries of 4 warps, and the stages of the ring, as in `cu/attention_prefill.cu`.
+        let stages = if pool.width <= 128 { 3 } else { 2 };
+        let shared = (4 * pool.width / 32 * 2 * 32 * 16 + stages * 2 * BLOCK_SIZE * pool.width * 2) as u32;
+        let kernel = device.kernel("attention_prefill", name)?;
+        device.allow_shared(&kernel, shared)?;
+        let shape = Launch { grid: (counts.many as u32, kv_heads), block: 128, shared };
+        device.launch(&kernel, shape, &fields(many))?;
+    }
+    Ok(())
+}
