@@ -353,7 +353,7 @@ fn each_block(ty: WeightType, bytes: &[u8], mut put: impl FnMut(usize, &Quants))
             WeightType::Q8_0 => one(std::array::from_fn(|i| src[2 + i] ^ 0x80), half(src, 0), 0.0),
             WeightType::Q5_0 => {
                 let (low, high) = (nibbles(&src[6..]), u32::from_le_bytes([src[2], src[3], src[4], src[5]]));
-                let code = |i: usize| 128 - 16 + (low[i] | (high >> i & 1) as u8 * 16);
+                let code = |i: usize| 128 - 16 + (low[i] | ((high >> i & 1) as u8 * 16));
                 one(std::array::from_fn(code), half(src, 0), 0.0);
             }
             WeightType::Iq4Nl => one(table_codes(nibbles(&src[2..])), half(src, 0), 0.0),

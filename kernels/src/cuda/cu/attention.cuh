@@ -86,9 +86,10 @@ DEVICE void load_queries(const Attention& p, const Item& item, unsigned kv_head,
   sync_warp();
 }
 
-template <int DIM>
+/// Of WIDTH dimensions of the values: all, or a part where several warps share them.
+template <int WIDTH>
 struct Flash {
-  float sums[DIM / 8][4] = {};
+  float sums[WIDTH / 8][4] = {};
   /// In units of log2; the largest score so far and the sum of all weights relative to it.
   float largest[2] = {-INFINITY, -INFINITY};
   float weight[2] = {};
@@ -109,14 +110,14 @@ DEVICE Visible visible(const Attention& p, const Item& item, unsigned kv_head, u
   return v;
 }
 
-/// Chunks of keys that are read at a time. At 256 dimensions the sums take half of the registers.
+/// Chunks of keys that are read at a time: beside the sums, registers allow no more at 256 dimensions.
 template <int DIM>
 constexpr int KEYS_AHEAD = DIM <= 128 ? DIM / 32 : 1;
 
 /// Takes the 32 positions from `position0` on into the softmax. `keys(n, c)` are the 16 bytes of this lane in score tile n,
 /// chunk c of 32 dimensions; `values(d)` those of 8 dimensions from 8 d on.
-template <int DIM, class Keys, class Values>
-DEVICE void attend_block(Flash<DIM>& flash, const unsigned char* queries, unsigned position0, const Visible& see,
+template <int DIM, int WIDTH, class Keys, class Values>
+DEVICE void attend_block(Flash<WIDTH>& flash, const unsigned char* queries, unsigned position0, const Visible& see,
                          float softcap, const Keys& keys, const Values& values) {
   const unsigned t = lane() % 4;
   float scores[4][4] = {};
@@ -173,7 +174,7 @@ DEVICE void attend_block(Flash<DIM>& flash, const unsigned char* queries, unsign
     }
   }
 #pragma unroll
-  for (int d = 0; d < DIM / 8; d++) {
+  for (int d = 0; d < WIDTH / 8; d++) {
 #pragma unroll
     for (int i = 0; i < 4; i++) flash.sums[d][i] *= shrink[i / 2];
   }
@@ -187,9 +188,9 @@ DEVICE void attend_block(Flash<DIM>& flash, const unsigned char* queries, unsign
     }
   }
 #pragma unroll
-  for (int d = 0; d < DIM / 8; d++) {
-    // At 256 dimensions the compiler must not load all values before it uses the first.
-    if (DIM > 128 && d % 2 == 0) sync_warp();
+  for (int d = 0; d < WIDTH / 8; d++) {
+    // At these widths registers run out when the compiler loads all values before it uses the first.
+    if ((WIDTH > 128 || WIDTH == 96) && d % 4 == 0) sync_warp();
     const Words4 value = values(d);
 #pragma unroll
     for (int step = 0; step < 2; step++) {
@@ -201,8 +202,8 @@ DEVICE void attend_block(Flash<DIM>& flash, const unsigned char* queries, unsign
 }
 
 /// The row's whole weight, in each of its lanes.
-template <int DIM>
-DEVICE void finish_weights(Flash<DIM>& flash) {
+template <int WIDTH>
+DEVICE void finish_weights(Flash<WIDTH>& flash) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     flash.weight[h] += shuffle_xor(flash.weight[h], 1);

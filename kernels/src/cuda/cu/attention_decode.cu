@@ -17,21 +17,24 @@ DEVICE void decode(const Attention& p, unsigned char* queries, float* sums, floa
   sync_threads();
 
   const Visible see = visible(p, item, kv_head, item.query0);
-  Flash<DIM> flash;
-  for (unsigned position = item.begin + warp() * KV_BLOCK; position < item.end; position += DECODE_WARPS * KV_BLOCK) {
+  // At 256 dimensions two warps take the same positions, each with half of the values: registers hold no more sums.
+  constexpr unsigned PARTS = DIM <= 128 ? 1 : 2, TEAMS = DECODE_WARPS / PARTS;
+  constexpr int WIDTH = DIM / PARTS;
+  const unsigned part = warp() % PARTS, team = warp() / PARTS;
+  Flash<WIDTH> flash;
+  for (unsigned position = item.begin + team * KV_BLOCK; position < item.end; position += TEAMS * KV_BLOCK) {
     const bf16* keys = head_of_block(p.pool, p.table[item.table0 + position / KV_BLOCK], kv_head);
-    const bf16* values = keys + KV_BLOCK * DIM;
-    // The values are on their way while the scores are computed, where registers allow.
-    constexpr int AHEAD = DIM <= 128 ? DIM / 8 : 0;
+    const bf16* values = keys + KV_BLOCK * DIM + part * WIDTH * KV_BLOCK;
     const bf16* key_row = keys + (8 * (g / 2) + g % 2) * DIM + 8 * t;
     const bf16* value_row = values + g * KV_BLOCK + 8 * t;
-    Words4 ahead[AHEAD > 0 ? AHEAD : 1];
+    // The values are on their way while the scores are computed.
+    Words4 ahead[WIDTH / 8];
 #pragma unroll
-    for (int d = 0; d < AHEAD; d++) ahead[d] = load16_stream(value_row + 8 * d * KV_BLOCK);
+    for (int d = 0; d < WIDTH / 8; d++) ahead[d] = load16_stream(value_row + 8 * d * KV_BLOCK);
     attend_block<DIM>(
         flash, queries, position, see, p.softcap,
         [&](int n, int c) { return load16_stream(key_row + 2 * n * DIM + 32 * c); },
-        [&](int d) { return d < AHEAD ? ahead[d < AHEAD ? d : 0] : load16(value_row + 8 * d * KV_BLOCK); });
+        [&](int d) { return ahead[d]; });
   }
   finish_weights(flash);
 
@@ -46,24 +49,22 @@ DEVICE void decode(const Attention& p, unsigned char* queries, float* sums, floa
 #pragma unroll
   for (int h = 0; h < 2; h++) {
 #pragma unroll
-    for (unsigned w = 0; w < DECODE_WARPS; w++) largest[h] = fmaxf(largest[h], state[w * 16 + g + 8 * h].x);
+    for (unsigned w = part; w < DECODE_WARPS; w += PARTS) largest[h] = fmaxf(largest[h], state[w * 16 + g + 8 * h].x);
     const float base = largest[h] == -INFINITY ? 0.0f : largest[h];
 #pragma unroll
-    for (unsigned w = 0; w < DECODE_WARPS; w++) {
+    for (unsigned w = part; w < DECODE_WARPS; w += PARTS) {
       const float2 other = state[w * 16 + g + 8 * h];
       weight[h] += fast_exp2(other.x - base) * other.y;
     }
     scale[h] = fast_exp2(flash.largest[h] - base);
   }
-  for (unsigned turn = 0; turn < DECODE_WARPS; turn++) {
-    if (turn == warp()) {
+  for (unsigned turn = 0; turn < TEAMS; turn++) {
+    if (turn == team) {
 #pragma unroll
-      for (int d = 0; d < DIM / 8; d++) {
-        // As in `attend_block`: no registers for reads far ahead.
-        if (DIM > 128 && d % 2 == 0) sync_warp();
+      for (int d = 0; d < WIDTH / 8; d++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          float2* to = reinterpret_cast<float2*>(sums + (g + 8 * h) * DIM + 8 * d + 2 * t);
+          float2* to = reinterpret_cast<float2*>(sums + (g + 8 * h) * DIM + part * WIDTH + 8 * d + 2 * t);
           const float2 old = turn == 0 ? float2{0.0f, 0.0f} : *to;
           *to = float2{old.x + scale[h] * flash.sums[d][2 * h], old.y + scale[h] * flash.sums[d][2 * h + 1]};
         }
