@@ -4,15 +4,14 @@
 
 use std::path::Path;
 
-use cupola_engine::{Engine, EngineConfig, Event, Request};
-use cupola_kernels::cpu::CpuConfig;
+use cupola_engine::{Device, Engine, EngineConfig, Event, Request};
 use cupola_models::Model;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1);
     let path = arguments.next().ok_or("usage: generate MODEL.gguf PROMPT...")?;
     let model = Model::open(Path::new(&path))?;
-    let engine = Engine::load(&model, EngineConfig::default(), CpuConfig::default())?;
+    let engine = Engine::load(&model, EngineConfig::default(), &Device::default())?;
 
     let mut streams = Vec::new();
     for prompt in arguments {

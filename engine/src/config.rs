@@ -3,7 +3,7 @@
 use crate::Error;
 
 /// Limits of one engine. `Default` suits a CPU.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct EngineConfig {
     /// Most requests that run at once.
     pub max_num_seqs: usize,
@@ -14,6 +14,9 @@ pub struct EngineConfig {
     pub max_model_len: Option<usize>,
     /// Bytes of the key/value pool; absent: see [`crate::plan`].
     pub kv_cache_bytes: Option<u64>,
+    /// Share of a device's memory that may be in use, by this engine and by others, from above 0 to 1. Does not concern the
+    /// CPU.
+    pub gpu_memory_utilization: f64,
     /// Most requests that wait, in the queue or before it with a [`crate::Permit`].
     pub max_queued_requests: usize,
     /// Most prompt tokens that wait; a single request is let through whatever its length.
@@ -31,6 +34,7 @@ impl Default for EngineConfig {
             max_num_batched_tokens: 512,
             max_model_len: None,
             kv_cache_bytes: None,
+            gpu_memory_utilization: 0.9,
             max_queued_requests: 4 * 256,
             max_queued_tokens: 1 << 18,
             enable_prefix_caching: true,
@@ -62,6 +66,13 @@ impl EngineConfig {
                 field: "max_num_batched_tokens",
                 expected: format!("at most {}", u32::MAX),
                 got: self.max_num_batched_tokens.to_string(),
+            });
+        }
+        if !(self.gpu_memory_utilization > 0.0 && self.gpu_memory_utilization <= 1.0) {
+            return Err(Error::Config {
+                field: "gpu_memory_utilization",
+                expected: "above 0 and at most 1".into(),
+                got: self.gpu_memory_utilization.to_string(),
             });
         }
         match self.max_model_len {

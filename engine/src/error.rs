@@ -28,6 +28,26 @@ pub enum Error {
         /// The number that would fit, and the setting to put it in.
         fits: String,
     },
+    /// A device that is not there.
+    #[error("{device} cannot be used: {why}; choose {instead}")]
+    Device {
+        /// The device asked for.
+        device: String,
+        /// Why not.
+        why: String,
+        /// Devices that would work.
+        instead: String,
+    },
+    /// A device whose memory ran out while the model was loaded, although the plan fitted.
+    #[error("the device ran out of memory: {source}; planned were\n{plan}\n{fits}")]
+    DeviceMemory {
+        /// What the backend said.
+        source: cupola_kernels::Error,
+        /// The plan as a table.
+        plan: String,
+        /// The number that would fit, and the setting to put it in.
+        fits: String,
+    },
     /// The model could not be loaded.
     #[error(transparent)]
     Model(#[from] cupola_models::Error),

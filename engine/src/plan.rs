@@ -1,20 +1,26 @@
 //! Where the memory goes, decided before anything is allocated.
 //!
 //! ```text
-//!   available (cgroup, MemAvailable) ──> weights | key/value pool | arenas
-//!                                                  └─ asked for: as asked, or refused with what would fit
-//!                                                     else: a quarter of what is left, at most 2 GiB, at most what
-//!                                                     all requests at full length need, at least one of them
+//!   CPU: available (cgroup, MemAvailable) ──> weights | key/value pool | arenas
+//!                                                       └─ asked for: as asked, or refused with what would fit
+//!                                                          else: a quarter of what is left, at most 2 GiB, at most what
+//!                                                          all requests at full length need, at least one of them
+//!   device: gpu_memory_utilization of its memory,
+//!           less what others use ───────────> weights | key/value pool | arenas
+//!                                                       └─ as asked, else all that is left
 //! ```
 //!
-//! The pool is only touched as it fills, so a plan is an upper bound and not what a fresh engine occupies.
+//! On the CPU the pool is only touched as it fills, so a plan is an upper bound and not what a fresh engine occupies. A
+//! device has nothing better to do with its memory than to keep prefixes, and its pool is allocated whole.
 
 use std::fmt;
 
-use cupola_kernels::KvLayout;
+#[cfg(unix)]
+use cupola_kernels::cuda;
 use cupola_kernels::kv::{BLOCK_SIZE, blocks_for};
 use cupola_models::{DecoderLimits, Model};
 
+use crate::device::Device;
 use crate::memory::available_memory;
 use crate::{EngineConfig, Error};
 
@@ -23,9 +29,15 @@ const DEFAULT_KV_BYTES: u64 = 2 << 30;
 /// Assumed where the system does not tell what is available.
 const UNKNOWN_AVAILABLE: u64 = 8 << 30;
 
+/// On a device beside the arenas that are known: staging, weights expanded for large products, parts of split attention.
+#[cfg(unix)]
+const DEVICE_SCRATCH_BYTES: u64 = 128 << 20;
+
 /// Memory of an engine, in bytes unless named otherwise.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryPlan {
+    /// Where it lies: `cpu`, or a device with its name.
+    pub device: String,
     /// Packed weights.
     pub weights_bytes: u64,
     /// Key/value pool.
@@ -40,7 +52,7 @@ pub struct MemoryPlan {
     pub total_bytes: u64,
     /// Longest prompt plus answer, in tokens.
     pub max_model_len: usize,
-    /// What the system could give before loading; `None` where it does not tell.
+    /// What the system or the device could give before loading; `None` where it does not tell.
     pub available_bytes: Option<u64>,
 }
 
@@ -49,50 +61,87 @@ pub struct MemoryPlan {
 pub struct ModelFacts {
     /// Packed weights, in bytes.
     pub weights_bytes: u64,
-    /// Shape of the key/value pool.
-    pub kv: KvLayout,
+    /// One block of the key/value pool over all layers, in bytes.
+    pub kv_block_bytes: u64,
     /// Longest sequence the model was trained for, in tokens.
     pub max_positions: usize,
     /// Activations, logits and tables for a step as large as configured, in bytes.
     pub arena_bytes: u64,
 }
 
-/// Plans the memory of an engine on this machine as it is now.
+/// What there is to plan with.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// `cpu`, or a device with its name.
+    pub device: String,
+    /// Bytes that it can give; `None` where the system does not tell.
+    pub available: Option<u64>,
+    /// The pool takes all that is left rather than a part of it.
+    pub whole: bool,
+}
+
+impl Place {
+    fn new(device: &Device, config: &EngineConfig) -> Result<Self, Error> {
+        Ok(match device {
+            Device::Cpu(_) => Self { device: "cpu".into(), available: available_memory(), whole: false },
+            #[cfg(unix)]
+            Device::Cuda(info) => {
+                let free = cuda::free_memory(info)?;
+                let share = (info.memory as f64 * config.gpu_memory_utilization) as u64;
+                let others = info.memory.saturating_sub(free);
+                Self { device: info.to_string(), available: Some(share.saturating_sub(others)), whole: true }
+            }
+        })
+    }
+}
+
+/// Plans the memory of an engine on a device as it is now.
 ///
 /// # Errors
 /// [`Error::Memory`] with the number that would fit; [`Error::Config`] for a setting out of range.
-pub fn plan(model: &Model, config: &EngineConfig) -> Result<MemoryPlan, Error> {
+pub fn plan(model: &Model, config: &EngineConfig, device: &Device) -> Result<MemoryPlan, Error> {
+    config.validate()?;
     let spec = &model.spec;
     let limits = DecoderLimits {
         max_batch_tokens: config.max_num_batched_tokens,
         kv_blocks: 0,
         max_model_len: config.max_model_len.unwrap_or(spec.max_positions),
     };
-    let facts = ModelFacts {
-        weights_bytes: model.info.packed_bytes,
-        kv: spec.kv_layout(),
-        max_positions: spec.max_positions,
-        arena_bytes: limits.arena_bytes(spec),
+    let arena_bytes = limits.arena_bytes(spec);
+    let (weights_bytes, block_bytes, arena_bytes) = match device {
+        Device::Cpu(_) => (model.info.packed_bytes, spec.kv_layout().block_bytes(), arena_bytes),
+        #[cfg(unix)]
+        Device::Cuda(_) => (
+            model.weights.bytes_as(&|ty, rows, cols| Some(cuda::weight_bytes(ty, rows, cols))),
+            cuda::kv_block_bytes(spec.kv_layout()),
+            arena_bytes + DEVICE_SCRATCH_BYTES,
+        ),
     };
-    plan_memory(&facts, config, available_memory())
+    let max_positions = spec.max_positions;
+    let facts = ModelFacts { weights_bytes, kv_block_bytes: block_bytes as u64, max_positions, arena_bytes };
+    plan_memory(&facts, config, &Place::new(device, config)?)
 }
 
-/// [`plan`] from plain numbers; `available` is what the system can give, when it tells.
+/// [`plan`] from plain numbers.
 ///
 /// # Errors
 /// [`Error::Memory`] with the number that would fit; [`Error::Config`] for a setting out of range.
-pub fn plan_memory(facts: &ModelFacts, config: &EngineConfig, available: Option<u64>) -> Result<MemoryPlan, Error> {
+pub fn plan_memory(facts: &ModelFacts, config: &EngineConfig, place: &Place) -> Result<MemoryPlan, Error> {
     config.validate()?;
-    let free = available.unwrap_or(UNKNOWN_AVAILABLE);
+    let free = place.available.unwrap_or(UNKNOWN_AVAILABLE);
     let arena_bytes = facts.arena_bytes;
     let fixed = facts.weights_bytes.saturating_add(arena_bytes);
     let left = free.checked_sub(fixed).ok_or_else(|| Error::Memory {
-        what: "the model's weights with its arenas".into(),
+        what: format!("the model's weights ({}) with its arenas", Bytes(facts.weights_bytes)),
         needed: fixed,
         available: free,
-        fits: "take a smaller model or a stronger quantisation".into(),
+        fits: if place.whole {
+            "raise gpu_memory_utilization, or take a smaller model or a stronger quantisation".into()
+        } else {
+            "take a smaller model or a stronger quantisation".into()
+        },
     })?;
-    let block = facts.kv.block_bytes() as u64;
+    let block = facts.kv_block_bytes;
     let asked_len = config.max_model_len;
     if let Some(asked) = asked_len.filter(|asked| *asked > facts.max_positions) {
         return Err(Error::Config {
@@ -113,6 +162,7 @@ pub fn plan_memory(facts: &ModelFacts, config: &EngineConfig, available: Option<
             });
         }
         Some(asked) => asked,
+        None if place.whole => left,
         None => {
             let enough = one_sequence.saturating_mul(config.running_limit() as u64);
             (left / 4).min(DEFAULT_KV_BYTES).min(enough).max(one_sequence.min(left / 2))
@@ -133,6 +183,7 @@ pub fn plan_memory(facts: &ModelFacts, config: &EngineConfig, available: Option<
     }
     let kv_bytes = kv_blocks * block;
     Ok(MemoryPlan {
+        device: place.device.clone(),
         weights_bytes: facts.weights_bytes,
         kv_bytes,
         kv_tokens,
@@ -140,7 +191,7 @@ pub fn plan_memory(facts: &ModelFacts, config: &EngineConfig, available: Option<
         arena_bytes,
         total_bytes: fixed + kv_bytes,
         max_model_len: wanted_len.min(kv_tokens),
-        available_bytes: available,
+        available_bytes: place.available,
     })
 }
 
@@ -159,7 +210,7 @@ impl fmt::Display for MemoryPlan {
         writeln!(f, "arenas    {:>10}", Bytes(self.arena_bytes))?;
         write!(f, "total     {:>10}", Bytes(self.total_bytes))?;
         if let Some(available) = self.available_bytes {
-            write!(f, "   of {} available", Bytes(available))?;
+            write!(f, "   of {} available on {}", Bytes(available), self.device)?;
         }
         write!(f, "\ncontext   {:>10} tokens", self.max_model_len)
     }
@@ -183,19 +234,25 @@ impl fmt::Display for Bytes {
 
 #[cfg(test)]
 mod tests {
+    use cupola_kernels::KvLayout;
+
     use super::*;
 
     const GIB: u64 = 1 << 30;
 
     /// The shape of a 135-million-parameter Llama.
     fn facts() -> ModelFacts {
-        let kv = KvLayout { layers: 30, kv_heads: 3, head_dim: 64 };
-        ModelFacts { weights_bytes: 98 << 20, kv, max_positions: 8192, arena_bytes: 16 << 20 }
+        let kv_block_bytes = KvLayout { layers: 30, kv_heads: 3, head_dim: 64 }.block_bytes() as u64;
+        ModelFacts { weights_bytes: 98 << 20, kv_block_bytes, max_positions: 8192, arena_bytes: 16 << 20 }
+    }
+
+    fn cpu(available: u64) -> Place {
+        Place { device: "cpu".into(), available: Some(available), whole: false }
     }
 
     #[test]
     fn the_default_is_small_and_adds_up() {
-        let plan = plan_memory(&facts(), &EngineConfig::default(), Some(16 * GIB)).expect("fits");
+        let plan = plan_memory(&facts(), &EngineConfig::default(), &cpu(16 * GIB)).expect("fits");
         assert_eq!(plan.max_model_len, 8192);
         assert!(plan.kv_bytes <= 2 * GIB && plan.kv_tokens >= 8192, "{plan}");
         assert_eq!(plan.total_bytes, plan.weights_bytes + plan.kv_bytes + plan.arena_bytes);
@@ -205,39 +262,60 @@ mod tests {
     #[test]
     fn few_sequences_need_a_small_pool() {
         let config = EngineConfig { max_num_seqs: 2, max_model_len: Some(1024), ..EngineConfig::default() };
-        let plan = plan_memory(&facts(), &config, Some(64 * GIB)).expect("fits");
+        let plan = plan_memory(&facts(), &config, &cpu(64 * GIB)).expect("fits");
         assert_eq!((plan.kv_tokens, plan.max_model_len), (2048, 1024));
     }
 
     #[test]
     fn short_memory_shortens_the_context_unless_it_was_asked_for() {
-        let available = Some(facts().weights_bytes + (200 << 20));
-        let plan = plan_memory(&facts(), &EngineConfig::default(), available).expect("fits, shorter");
+        let available = cpu(facts().weights_bytes + (200 << 20));
+        let plan = plan_memory(&facts(), &EngineConfig::default(), &available).expect("fits, shorter");
         assert!(plan.max_model_len < 8192 && plan.max_model_len == plan.kv_tokens, "{plan}");
         let config = EngineConfig { max_model_len: Some(8192), ..EngineConfig::default() };
-        let error = plan_memory(&facts(), &config, available).expect_err("too long").to_string();
+        let error = plan_memory(&facts(), &config, &available).expect_err("too long").to_string();
         assert!(error.contains(&format!("max_model_len to at most {}", plan.kv_tokens)), "{error}");
     }
 
     #[test]
     fn what_does_not_fit_is_refused_with_the_number_that_would() {
         let config = EngineConfig { kv_cache_bytes: Some(9 * GIB), ..EngineConfig::default() };
-        let error = plan_memory(&facts(), &config, Some(4 * GIB)).expect_err("too much").to_string();
+        let error = plan_memory(&facts(), &config, &cpu(4 * GIB)).expect_err("too much").to_string();
         assert!(error.contains("kv_cache_bytes to at most"), "{error}");
-        let error = plan_memory(&facts(), &EngineConfig::default(), Some(1 << 20)).expect_err("no room").to_string();
+        let error = plan_memory(&facts(), &EngineConfig::default(), &cpu(1 << 20)).expect_err("no room").to_string();
         assert!(error.contains("smaller model"), "{error}");
         let config = EngineConfig { max_model_len: Some(9000), ..EngineConfig::default() };
-        let error = plan_memory(&facts(), &config, Some(16 * GIB)).expect_err("untrained").to_string();
+        let error = plan_memory(&facts(), &config, &cpu(16 * GIB)).expect_err("untrained").to_string();
         assert!(error.contains("8192"), "{error}");
         let config =
             EngineConfig { kv_cache_bytes: Some(1 << 20), max_model_len: Some(512), ..EngineConfig::default() };
-        let error = plan_memory(&facts(), &config, Some(16 * GIB)).expect_err("small pool").to_string();
+        let error = plan_memory(&facts(), &config, &cpu(16 * GIB)).expect_err("small pool").to_string();
         assert!(error.contains("max_model_len to at most 32"), "{error}");
     }
 
     #[test]
     fn a_plan_reads_as_a_table() {
-        let plan = plan_memory(&facts(), &EngineConfig::default(), Some(16 * GIB)).expect("fits").to_string();
+        let plan = plan_memory(&facts(), &EngineConfig::default(), &cpu(16 * GIB)).expect("fits").to_string();
         assert!(plan.contains("weights     98.0 MiB") && plan.contains("22.5 KiB a token"), "{plan}");
+    }
+
+    #[test]
+    fn a_device_gives_its_pool_all_that_is_left() {
+        let place = Place { device: "cuda:0 Test".into(), available: Some(10 * GIB), whole: true };
+        let plan = plan_memory(&facts(), &EngineConfig::default(), &place).expect("fits");
+        let left = 10 * GIB - plan.weights_bytes - plan.arena_bytes;
+        assert!(plan.kv_bytes <= left && plan.kv_bytes > left - facts().kv_block_bytes, "{plan}");
+        assert!(plan.to_string().contains("of 10.0 GiB available on cuda:0 Test"), "{plan}");
+        let small = Place { available: Some(50 << 20), ..place };
+        let error = plan_memory(&facts(), &EngineConfig::default(), &small).expect_err("no room").to_string();
+        assert!(error.contains("raise gpu_memory_utilization") && error.contains("98.0 MiB"), "{error}");
+    }
+
+    #[test]
+    fn a_share_of_no_memory_or_more_than_all_is_refused() {
+        for share in [0.0, -0.5, 1.01, f64::NAN] {
+            let config = EngineConfig { gpu_memory_utilization: share, ..EngineConfig::default() };
+            let error = plan_memory(&facts(), &config, &cpu(16 * GIB)).expect_err("nonsense").to_string();
+            assert!(error.contains("gpu_memory_utilization must be above 0 and at most 1"), "{error}");
+        }
     }
 }

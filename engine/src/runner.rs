@@ -2,6 +2,28 @@
 
 use cupola_models::{Batch, Decoder};
 
+/// Why a batch was not computed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunError {
+    /// One sentence.
+    pub message: String,
+    /// The runner cannot go on: its device has failed, and what lies there can no longer be trusted.
+    pub fatal: bool,
+}
+
+impl From<String> for RunError {
+    fn from(message: String) -> Self {
+        Self { message, fatal: false }
+    }
+}
+
+impl From<cupola_models::Error> for RunError {
+    fn from(error: cupola_models::Error) -> Self {
+        let fatal = matches!(error, cupola_models::Error::Kernel(cupola_kernels::Error::Device { .. }));
+        Self { message: error.to_string(), fatal }
+    }
+}
+
 /// Runs forward passes. Results of the last pass stay readable until the next one.
 pub trait ModelRunner: Send {
     /// Tokens of the vocabulary, the length of a row of logits.
@@ -10,8 +32,8 @@ pub trait ModelRunner: Send {
     /// Computes all rows of a batch.
     ///
     /// # Errors
-    /// One sentence; the requests of this batch then fail, and the engine goes on.
-    fn forward(&mut self, batch: &Batch) -> Result<(), String>;
+    /// The requests of this batch then fail, and the engine goes on unless the error is fatal.
+    fn forward(&mut self, batch: &Batch) -> Result<(), RunError>;
 
     /// The most likely token of each output row of the last batch; only after a batch with `greedy` set.
     fn argmax(&self) -> &[u32];
@@ -20,8 +42,8 @@ pub trait ModelRunner: Send {
     /// `greedy`. `f` may change the logits.
     ///
     /// # Errors
-    /// One sentence; the requests of this batch then fail, and the engine goes on.
-    fn for_each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<(), String>;
+    /// As [`ModelRunner::forward`].
+    fn for_each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<(), RunError>;
 }
 
 impl ModelRunner for Decoder {
@@ -29,15 +51,15 @@ impl ModelRunner for Decoder {
         self.spec().vocab
     }
 
-    fn forward(&mut self, batch: &Batch) -> Result<(), String> {
-        Decoder::forward(self, batch).map_err(|error| error.to_string())
+    fn forward(&mut self, batch: &Batch) -> Result<(), RunError> {
+        Ok(Decoder::forward(self, batch)?)
     }
 
     fn argmax(&self) -> &[u32] {
         Decoder::argmax(self)
     }
 
-    fn for_each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<(), String> {
-        Decoder::for_each_logits(self, f).map_err(|error| error.to_string())
+    fn for_each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<(), RunError> {
+        Ok(Decoder::for_each_logits(self, f)?)
     }
 }

@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread;
 
-use cupola_kernels::cpu::{CpuBackend, CpuConfig};
+use cupola_kernels::Error::OutOfMemory;
 use cupola_models::{Decoder, DecoderLimits, Model};
 
 use crate::detokenizer::TokenText;
+use crate::device::Device;
 use crate::handle::{EngineHandle, Shared, SharedSetup};
 use crate::plan::{MemoryPlan, plan};
 use crate::runner::ModelRunner;
@@ -33,20 +34,25 @@ pub struct EngineSetup {
 }
 
 impl Engine {
-    /// Plans the memory, loads the model on the CPU and starts its engine.
+    /// Plans the memory, loads the model on `device` and starts its engine.
     ///
     /// # Errors
     /// What [`plan`] refuses, a model that cannot be loaded, and the errors of [`Engine::start`].
-    pub fn load(model: &Model, config: EngineConfig, cpu: CpuConfig) -> Result<EngineHandle, Error> {
-        let plan = plan(model, &config)?;
+    pub fn load(model: &Model, config: EngineConfig, device: &Device) -> Result<EngineHandle, Error> {
+        let plan = plan(model, &config, device)?;
         let limits = DecoderLimits {
             max_batch_tokens: config.max_num_batched_tokens,
             kv_blocks: plan.kv_blocks,
             max_model_len: plan.max_model_len,
         };
-        let backend = CpuBackend::new(cpu)?;
-        let decoder = Decoder::load(model, Box::new(backend), limits, &mut |layer, layers| {
-            tracing::trace!(layer, layers, "weights packed");
+        let mut watch = |layer, layers| tracing::trace!(layer, layers, "weights packed");
+        let decoder = Decoder::load(model, device.backend()?, limits, &mut watch).map_err(|error| match error {
+            // On the CPU a plan is an upper bound that the system overrides; on a device it is what was asked for.
+            cupola_models::Error::Kernel(source @ OutOfMemory { .. }) if !matches!(device, Device::Cpu(_)) => {
+                // What was allocated is free again, so a new plan says what fits now.
+                out_of_memory(source, &plan, self::plan(model, &config, device).ok())
+            }
+            error => error.into(),
         })?;
         tracing::info!(backend = decoder.describe_backend(), bytes = decoder.allocated_bytes(), "model loaded");
         let setup = EngineSetup { text: Arc::new(model.tokenizer.clone()), eos: model.info.eos_tokens.clone(), plan };
@@ -92,4 +98,13 @@ impl Engine {
             .map_err(Error::Thread)?;
         Ok(EngineHandle::new(shared, commands, thread))
     }
+}
+
+/// The plan fitted and the device did not keep to it: others took memory meanwhile, or it is in pieces.
+fn out_of_memory(source: cupola_kernels::Error, plan: &MemoryPlan, now: Option<MemoryPlan>) -> Error {
+    /// What is at least taken off the pool for the next try: the eighth part.
+    const LESS: u64 = 8;
+    let less = plan.kv_bytes - plan.kv_bytes / LESS;
+    let fits = format!("set kv_cache_bytes to at most {}", now.map_or(less, |now| now.kv_bytes.min(less)));
+    Error::DeviceMemory { source, plan: plan.to_string(), fits }
 }

@@ -9,8 +9,8 @@
 //! ```
 //!
 //! Nobody else touches these fields. The thread ends after `Shutdown`, or when every handle is gone and nothing is in
-//! flight, or with a panic of the runner: then all requests fail and the engine is dead for good, because what is in the
-//! pool can no longer be trusted.
+//! flight, or with a panic or a fatal error of the runner: then all requests fail and the engine is dead for good, because
+//! what is in the pool can no longer be trusted.
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
@@ -24,7 +24,7 @@ use cupola_models::Batch;
 use crate::answer::Answer;
 use crate::handle::{Command, Shared, Submission};
 use crate::request::{FinishReason, TokenLogprobs};
-use crate::runner::ModelRunner;
+use crate::runner::{ModelRunner, RunError};
 use crate::sampler::{self, Choice, Scratch, random};
 use crate::scheduler::{Limits, Scheduler, Step};
 use crate::sequence::{Sequence, Sharing};
@@ -113,7 +113,11 @@ impl StepLoop {
         // Dead first: whoever submits from here on is told so.
         self.shared.die();
         let message = match end {
-            Ok(()) => "the engine is shutting down",
+            Ok(Ok(())) => "the engine is shutting down",
+            Ok(Err(fault)) => {
+                tracing::error!(in_flight = self.answers.iter().flatten().count(), error = fault, "the device failed");
+                "the engine stopped after a fault of its device"
+            }
             Err(_) => {
                 tracing::error!(in_flight = self.answers.iter().flatten().count(), "the engine stopped after a panic");
                 "the engine stopped after a fault"
@@ -128,15 +132,16 @@ impl StepLoop {
         }
     }
 
-    fn serve(&mut self) {
+    /// Until the engine is to end, or with what ended it.
+    fn serve(&mut self) -> Result<(), String> {
         loop {
             if !self.take_commands() {
-                return;
+                return Ok(());
             }
             self.drop_cancelled();
             if !self.scheduler.is_empty() {
                 self.shared.beat();
-                self.step();
+                self.step()?;
             }
             self.show_state();
         }
@@ -254,12 +259,14 @@ impl StepLoop {
         metrics.kv_blocks_cached.set(report.cached);
     }
 
-    fn step(&mut self) {
+    /// One step; an error only when there can be no further one.
+    fn step(&mut self) -> Result<(), String> {
         let began = Instant::now();
         let step = self.scheduler.schedule();
         self.shared.metrics.preemptions.add(step.preempted);
         if step.spans.is_empty() {
-            return self.refuse_oldest();
+            self.refuse_oldest();
+            return Ok(());
         }
         let _span = tracing::trace_span!(
             "step",
@@ -278,10 +285,16 @@ impl StepLoop {
         let computed_in = computing.elapsed();
         match computed {
             Ok(()) => self.settle(&step),
-            Err(message) => self.fail_step(&step, &message),
+            Err(error) => {
+                self.fail_step(&step, &error.message);
+                if error.fatal {
+                    return Err(error.message);
+                }
+            }
         }
         self.drop_ended();
         self.note_step(&step, began.elapsed(), computed_in);
+        Ok(())
     }
 
     /// Nothing runs and the oldest request does not fit the pool, which a sound setup rules out.
@@ -338,7 +351,7 @@ impl StepLoop {
     }
 
     /// Chooses a token for every output row, into `results`.
-    fn sample(&mut self) -> Result<(), String> {
+    fn sample(&mut self) -> Result<(), RunError> {
         self.results.clear();
         if self.outputs.is_empty() {
             return Ok(());
@@ -346,7 +359,8 @@ impl StepLoop {
         if self.batch.greedy {
             let tokens = self.runner.argmax();
             if tokens.len() != self.outputs.len() {
-                return Err(format!("the model gave {} tokens for {} rows", tokens.len(), self.outputs.len()));
+                let what = format!("the model gave {} tokens for {} rows", tokens.len(), self.outputs.len());
+                return Err(what.into());
             }
             let vocab = self.shared.vocab;
             self.results.extend(tokens.iter().map(|&token| {

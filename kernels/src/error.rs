@@ -53,6 +53,14 @@ pub enum Error {
         /// Cause.
         source: std::io::Error,
     },
+    /// A device, or its driver, that failed. What failed once usually keeps failing.
+    #[error("{what}: {why}")]
+    Device {
+        /// What was tried.
+        what: String,
+        /// The driver's name and text of the error.
+        why: String,
+    },
     /// A file that could not be mapped.
     #[error("cannot map {path}: {source}")]
     Map {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   models::decoder ──ops on handles──> Backend ──┬── cpu::CpuBackend   scalar | AVX2 | AVX-512 | NEON, found at run time
-//!                                                 └── (cuda::CudaBackend, later)
+//!                                                 └── cuda::CudaBackend GPUs from compute capability 8.0, found at run time
 //!
 //!   weights   WeightPart (ggml blocks, floats) ──load_linear──> packed panels      LinearId
 //!   numbers   f32 arenas [rows, cols]                                              BufferId
@@ -13,10 +13,13 @@
 //! A backend owns every buffer; callers hold small `Copy` handles. All memory is allocated before the first request, so
 //! no op allocates and a memory plan made at start stays true. The arithmetic of one row never depends on the other
 //! rows of a batch, nor on the number of threads: a request gives the same bits alone and in company.
+//! (On a CUDA device this holds among up to 64 rows: see `docs/adr/0007-one-tile-layout-on-cuda.md`.)
 //!
 //! This is the only crate of the workspace with `unsafe` code.
 
 pub mod cpu;
+#[cfg(unix)]
+pub mod cuda;
 pub mod error;
 pub mod format;
 pub mod kv;

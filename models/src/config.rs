@@ -32,6 +32,11 @@ impl HfConfig {
         }
     }
 
+    /// An object that is in no file; `path` is what messages call it.
+    pub(crate) fn from_object(path: &Path, object: Map<String, Value>) -> Self {
+        Self { path: path.to_owned(), prefix: String::new(), object }
+    }
+
     /// Reads a file that may be absent.
     ///
     /// # Errors

@@ -7,6 +7,7 @@
 //!           |                                   arch       metadata -> DecoderSpec (plain data)
 //!           |                                   tokenizer  text <-> token ids;   template  messages -> prompt
 //!           v
+//!   (dummy: random weights of the shapes of a config.json, for measuring speed)
 //!   Model --Decoder::load(backend)--> Decoder   decoder    the one forward pass, over kernels::Backend
 //! ```
 
@@ -14,6 +15,7 @@ mod arch;
 pub mod batch;
 pub mod config;
 pub mod decoder;
+pub mod dummy;
 pub mod error;
 pub mod hub;
 mod last_rows;

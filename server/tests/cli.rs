@@ -3,6 +3,9 @@
 #[cfg(unix)]
 #[path = "cli/compare.rs"]
 mod compare;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#[path = "cli/cuda.rs"]
+mod cuda;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
@@ -103,7 +106,12 @@ impl Served {
     fn with(model: &str, args: &[&str]) -> Self {
         let mut all = vec!["serve", model, "--port", "0"];
         all.extend(args);
-        let mut child = cupola(&all).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary runs");
+        Self::spawned(cupola(&all).stdout(Stdio::piped()).stderr(Stdio::piped()))
+    }
+
+    /// Starts a command whose output is piped.
+    fn spawned(command: &mut Command) -> Self {
+        let mut child = command.spawn().expect("the binary runs");
         let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
         let Some(line) = lines.next() else {
             let mut said = String::new();
@@ -113,6 +121,17 @@ impl Served {
         let line = line.expect("UTF-8");
         let url = line.strip_prefix("listening on ").unwrap_or_else(|| panic!("unexpected first line: {line}"));
         Self { url: url.to_owned(), child }
+    }
+
+    /// The status line of a GET.
+    fn get(&self, path: &str) -> String {
+        let host = self.url.trim_start_matches("http://");
+        let mut socket = std::net::TcpStream::connect(host).expect("the server accepts");
+        let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
+        socket.write_all(request.as_bytes()).expect("the server reads");
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).expect("UTF-8");
+        answer.lines().next().unwrap_or_default().to_owned()
     }
 
     /// Posts JSON and returns the status line and the body.

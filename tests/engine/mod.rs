@@ -3,8 +3,7 @@
 use std::time::Duration;
 
 use cupola_engine::request::{Event, Request, SamplingParams, StopParams};
-use cupola_engine::{Engine, EngineConfig, EngineHandle};
-use cupola_kernels::cpu::CpuConfig;
+use cupola_engine::{Device, Engine, EngineConfig, EngineHandle};
 use cupola_models::Model;
 
 use crate::support::default_model;
@@ -12,7 +11,7 @@ use crate::support::default_model;
 const TOKENS: usize = 40;
 
 fn start(model: &Model, config: EngineConfig) -> EngineHandle {
-    Engine::load(model, config, CpuConfig::default()).expect("the engine starts")
+    Engine::load(model, config, &Device::default()).expect("the engine starts")
 }
 
 fn config() -> EngineConfig {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
-use cupola_engine::{ModelRunner, TokenText};
+use cupola_engine::{ModelRunner, RunError, TokenText};
 use cupola_kernels::kv::BLOCK_SIZE;
 use cupola_models::Batch;
 
@@ -26,10 +26,12 @@ pub(crate) const E_ACUTE: [u32; 2] = [28, 29];
 pub(crate) const NOT_A_NUMBER: u32 = 60;
 /// A batch with this token fails.
 pub(crate) const ERROR: u32 = 61;
+/// A batch with this token finds that the device is lost.
+pub(crate) const FATAL: u32 = 59;
 /// A batch with this token panics.
 pub(crate) const PANIC: u32 = 62;
 /// Tokens from here on never come out, so that faults happen only when asked for.
-const UNLIKELY_FROM: usize = 60;
+const UNLIKELY_FROM: usize = 59;
 
 /// What the tokens stand for.
 pub(crate) struct Letters {
@@ -119,14 +121,17 @@ impl ModelRunner for FakeRunner {
         VOCAB
     }
 
-    fn forward(&mut self, batch: &Batch) -> Result<(), String> {
+    fn forward(&mut self, batch: &Batch) -> Result<(), RunError> {
         self.work.rows.fetch_add(batch.tokens.len(), Relaxed);
         self.work.batches.fetch_add(1, Relaxed);
         self.work.widest.fetch_max(batch.spans.len(), Relaxed);
         std::thread::sleep(self.step_time);
         assert!(!batch.tokens.contains(&PANIC), "a panic was asked for");
         if batch.tokens.contains(&ERROR) {
-            return Err("an error was asked for".into());
+            return Err("an error was asked for".to_owned().into());
+        }
+        if batch.tokens.contains(&FATAL) {
+            return Err(RunError { message: "the device is lost".into(), fatal: true });
         }
         let place = |table: &[cupola_kernels::BlockId], position: usize| {
             table[position / BLOCK_SIZE].0 as usize * BLOCK_SIZE + position % BLOCK_SIZE
@@ -149,7 +154,7 @@ impl ModelRunner for FakeRunner {
                 let position = (span.pos0 + row - span.row0) as usize;
                 let context: Vec<u32> = (0..=position).map(|p| self.memory[place(table, p)]).collect();
                 if context.contains(&EMPTY) {
-                    return Err(format!("position {position} reads a place that was never written"));
+                    return Err(format!("position {position} reads a place that was never written").into());
                 }
                 let logits = logits_after(&context);
                 self.argmax.push(argmax(&logits));
@@ -165,7 +170,7 @@ impl ModelRunner for FakeRunner {
         &self.argmax
     }
 
-    fn for_each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<(), String> {
+    fn for_each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<(), RunError> {
         std::thread::scope(|scope| {
             let mut rows: Vec<_> = self.logits.chunks_mut(VOCAB).enumerate().collect();
             let second = rows.split_off(rows.len() / 2);

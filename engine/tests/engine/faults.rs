@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use cupola_engine::{EngineConfig, Request, SubmitError};
 
-use crate::fake::{ERROR, NOT_A_NUMBER, PANIC};
+use crate::fake::{ERROR, FATAL, NOT_A_NUMBER, PANIC};
 use crate::support::{Plan, Rig, collect, greedy_answer};
 
 const STEP: Duration = Duration::from_millis(5);
@@ -138,6 +138,21 @@ fn a_panic_reaches_requests_that_run_beside_it() {
     for stream in [beside, bad] {
         assert!(collect(stream).failed.expect("failed").contains("fault"));
     }
+}
+
+#[test]
+fn a_lost_device_ends_every_request_and_the_engine() {
+    let rig = slow(EngineConfig::default());
+    let beside = rig.engine.submit_now(long(1)).expect("accepted");
+    soon("running", || rig.engine.metrics().running.get() == 1);
+    let bad = rig.engine.submit_now(Request::greedy(vec![FATAL], 3)).expect("accepted");
+    for stream in [beside, bad] {
+        assert!(collect(stream).failed.expect("failed").contains("device"));
+    }
+    soon("death", || !rig.engine.is_alive());
+    assert_eq!(rig.engine.submit_now(long(1)).expect_err("dead"), SubmitError::Dead);
+    soon("the end of all requests", || rig.engine.in_flight() == 0);
+    rig.engine.shutdown();
 }
 
 #[tokio::test]

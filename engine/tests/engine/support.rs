@@ -38,6 +38,7 @@ impl Plan {
         let runner = FakeRunner::new(self.blocks, self.step_time, Arc::clone(&work));
         let kv_tokens = self.blocks * BLOCK_SIZE;
         let plan = MemoryPlan {
+            device: "fake".into(),
             weights_bytes: 0,
             kv_bytes: 0,
             kv_tokens,

@@ -197,35 +197,40 @@ pub(crate) fn check_tensors(spec: &DecoderSpec, weights: &Weights, path: &Path) 
         }),
         None => Err(Error::Missing { path: path.to_owned(), what: format!("tensor {name}") }),
     };
+    if weights.contains(spec.names.head) {
+        check(spec.names.head, &[spec.vocab, spec.hidden])?;
+    }
+    tensors(spec).iter().try_for_each(|(name, shape)| check(name, shape))
+}
+
+/// Names and shapes of the tensors that a decoder cannot be without: all but the output head and biases.
+pub(crate) fn tensors(spec: &DecoderSpec) -> Vec<(String, Vec<usize>)> {
     let (hidden, ffn, heads) = (spec.hidden, spec.ffn, spec.heads);
     let (q_rows, kv_rows) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
     let names = &spec.names;
-    check(names.embedding, &[spec.vocab, hidden])?;
-    if weights.contains(names.head) {
-        check(names.head, &[spec.vocab, hidden])?;
-    }
-    check(names.final_norm, &[hidden])?;
+    let mut all =
+        vec![(names.embedding.to_owned(), vec![spec.vocab, hidden]), (names.final_norm.to_owned(), vec![hidden])];
     for layer in 0..spec.layers {
-        let check = |template: &str, expected: &[usize]| check(&TensorNames::layer(template, layer), expected);
-        check(names.attn_norm, &[hidden])?;
-        check(names.q, &[q_rows, hidden])?;
-        check(names.k, &[kv_rows, hidden])?;
-        check(names.v, &[kv_rows, hidden])?;
-        check(names.o, &[hidden, q_rows])?;
-        check(names.ffn_norm, &[hidden])?;
-        check(names.gate, &[ffn, hidden])?;
-        check(names.up, &[ffn, hidden])?;
-        check(names.down, &[hidden, ffn])?;
+        let mut add = |template: &str, shape: &[usize]| all.push((TensorNames::layer(template, layer), shape.to_vec()));
+        add(names.attn_norm, &[hidden]);
+        add(names.q, &[q_rows, hidden]);
+        add(names.k, &[kv_rows, hidden]);
+        add(names.v, &[kv_rows, hidden]);
+        add(names.o, &[hidden, q_rows]);
+        add(names.ffn_norm, &[hidden]);
+        add(names.gate, &[ffn, hidden]);
+        add(names.up, &[ffn, hidden]);
+        add(names.down, &[hidden, ffn]);
         if spec.qk_norm {
-            check(names.q_norm, &[heads.head_dim])?;
-            check(names.k_norm, &[heads.head_dim])?;
+            add(names.q_norm, &[heads.head_dim]);
+            add(names.k_norm, &[heads.head_dim]);
         }
         if spec.post_norms {
-            check(names.attn_post_norm, &[hidden])?;
-            check(names.ffn_post_norm, &[hidden])?;
+            add(names.attn_post_norm, &[hidden]);
+            add(names.ffn_post_norm, &[hidden]);
         }
     }
-    Ok(())
+    all
 }
 
 /// Inverse frequencies `base^(-2i / dim)`, one a pair of dimensions

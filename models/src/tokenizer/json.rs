@@ -31,10 +31,18 @@ pub(crate) fn from_folder(folder: &Path, settings: Option<&HfConfig>, eos: Vec<u
         let hint = if folder.join("tokenizer.model").exists() { " (tokenizer.model alone is not enough)" } else { "" };
         return Err(Error::Missing { path: folder.to_owned(), what: format!("tokenizer.json{hint}") });
     }
-    let pipeline = tokenizers::Tokenizer::from_bytes(read_bounded(&path)?)
-        .map_err(|e| Error::Format { path: path.clone(), what: e.to_string() })?;
-    let spelling = spelling(&pipeline, &path)?;
-    let table = table(&pipeline, spelling, &path)?;
+    from_json(&read_bounded(&path)?, &path, settings, eos)
+}
+
+/// [`from_folder`] with the content of a `tokenizer.json`; `path` is what messages call it.
+///
+/// # Errors
+/// [`Error::Format`] or [`Error::Tokenizer`] when it cannot be used.
+pub(crate) fn from_json(json: &[u8], path: &Path, settings: Option<&HfConfig>, eos: Vec<u32>) -> Result<Tokenizer> {
+    let pipeline = tokenizers::Tokenizer::from_bytes(json)
+        .map_err(|e| Error::Format { path: path.to_owned(), what: e.to_string() })?;
+    let spelling = spelling(&pipeline, path)?;
+    let table = table(&pipeline, spelling, path)?;
     let specials = specials(&pipeline, settings, eos)?;
     let strips = spelling == Spelling::SentencePiece { strips_leading_space: true };
     Ok(Tokenizer::new(pipeline, table, None, specials, strips))

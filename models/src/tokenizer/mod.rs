@@ -25,7 +25,7 @@ mod spm;
 mod tests;
 
 pub(crate) use gguf::from_gguf;
-pub(crate) use json::from_folder;
+pub(crate) use json::{from_folder, from_json};
 
 /// Token ids are below this; a higher one is taken for a sign of a damaged file.
 const MAX_VOCAB: usize = 1 << 24;

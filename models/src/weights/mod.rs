@@ -146,9 +146,15 @@ impl Weights {
 
     /// Bytes of all tensors once their matrices are packed for the kernels.
     pub fn packed_bytes(&self) -> u64 {
+        self.bytes_as(&|ty, rows, cols| ty.packed_bytes(rows, cols))
+    }
+
+    /// Bytes of all tensors once their matrices take `matrix(type, rows, columns)` bytes; vectors, and matrices that this
+    /// gives nothing for, as in their files.
+    pub fn bytes_as(&self, matrix: &dyn Fn(WeightType, usize, usize) -> Option<usize>) -> u64 {
         let bytes = |tensor: &Tensor| {
             let packed = match (&tensor.ty, &tensor.shape[..]) {
-                (TensorType::Known(ty), &[rows, cols]) => ty.packed_bytes(rows, cols),
+                (TensorType::Known(ty), &[rows, cols]) => matrix(*ty, rows, cols),
                 _ => None,
             };
             packed.unwrap_or(tensor.range.len()) as u64

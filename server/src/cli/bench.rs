@@ -3,16 +3,16 @@
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::{Duration, Instant, SystemTime};
 
 use clap::{Args, Subcommand, ValueEnum};
-use cupola_kernels::Backend;
-use cupola_kernels::cpu::{CpuBackend, CpuConfig};
+use cupola_engine::DeviceChoice;
 use serde_json::{Map, Value};
 
 use super::compare::{self, CompareCommand, PlotArgs};
 use super::date::Utc;
-use super::engine_args::{DEFAULT_MODEL, open};
+use super::engine_args::{DEFAULT_MODEL, LoadFormat, find_device, open_as};
 use super::error::Error;
 use super::perplexity::{self, PerplexityArgs};
 use crate::bench::kernel::{self, table};
@@ -423,6 +423,12 @@ pub(crate) struct KernelArgs {
     /// Worker threads [default: one a physical core this process may use]
     #[arg(long, short = 't', value_delimiter = ',', value_name = "LIST", value_parser = at_least_one)]
     threads: Vec<usize>,
+    /// Where the model runs: cpu, cuda, cuda:N, or auto for a GPU where one is found [default: cpu]
+    #[arg(long, value_name = "DEVICE", value_parser = DeviceChoice::from_str)]
+    device: Option<DeviceChoice>,
+    /// Where weights come from: the model's files, or `dummy`: random ones, see `serve`
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = LoadFormat::Auto)]
+    load_format: LoadFormat,
     /// Format of the result
     #[arg(long, short = 'o', value_enum, default_value_t = OutputFormat::Md)]
     output: OutputFormat,
@@ -489,21 +495,21 @@ fn bench_kernel(args: &KernelArgs, out: &mut dyn Write) -> Result<(), Error> {
         return Err(Error::Usage("nothing to measure: -p and -n are both 0".to_owned()));
     }
     let started = Utc::new(SystemTime::now()).iso();
-    let (_, model) = open(&args.model)?;
+    let (_, model) = open_as(&args.model, args.load_format)?;
     let threads: Vec<Option<usize>> = match args.threads.as_slice() {
         [] => vec![None],
         given => given.iter().copied().map(Some).collect(),
     };
     let mut results = Vec::new();
     for threads in threads {
-        let backend = CpuBackend::new(CpuConfig { threads, ..CpuConfig::default() })?;
+        let backend = find_device(args.device, threads)?.backend()?;
         let workers = backend.threads();
         let mut watch = |test: &kernel::Test| {
             if std::io::stderr().is_terminal() {
                 drop(writeln!(std::io::stderr(), "{} with {workers} threads ...", test.name()));
             }
         };
-        results.extend(kernel::run(&model, &options, (Box::new(backend), workers), &mut watch)?);
+        results.extend(kernel::run(&model, &options, (backend, workers), &mut watch)?);
     }
     table::write(out, args.format(), (&model.info, &results), &started)?;
     Ok(())

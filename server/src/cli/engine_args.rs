@@ -1,12 +1,14 @@
 //! Flags of every command that loads a model: which one, and how much it may take. Where vLLM has a flag, its name.
 
+use std::io::Write;
 use std::path::PathBuf;
+use std::str::FromStr;
 
-use clap::Args;
-use cupola_engine::EngineConfig;
+use clap::{Args, ValueEnum};
+use cupola_engine::{Device, DeviceChoice, EngineConfig};
 use cupola_kernels::cpu::CpuConfig;
 use cupola_models::hub::{Hub, ModelRef, Resolved};
-use cupola_models::{ChatTemplate, Model};
+use cupola_models::{ChatTemplate, Model, dummy};
 
 use super::error::Error;
 use super::progress::ProgressBar;
@@ -40,6 +42,16 @@ pub(crate) struct EngineArgs {
     /// Reuse them, as is the default
     #[arg(long, hide = true, overrides_with = "no_enable_prefix_caching")]
     enable_prefix_caching: bool,
+    /// Where the model runs: cpu, cuda, cuda:N, or auto for a GPU where one is found [default: cpu]
+    #[arg(long, value_name = "DEVICE", value_parser = DeviceChoice::from_str)]
+    device: Option<DeviceChoice>,
+    /// Share of a GPU's memory that may be in use, by this model and by others [default: 0.9]
+    #[arg(long, value_name = "SHARE")]
+    gpu_memory_utilization: Option<f64>,
+    /// Where weights come from: the model's files, or `dummy`: random ones, to measure speed. MODEL is then a folder with
+    /// a config.json, or one of llama-3.2-1b, llama-3.1-8b
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = LoadFormat::Auto)]
+    load_format: LoadFormat,
     /// Worker threads [default: one a physical core this process may use]
     #[arg(long, short = 't', value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
@@ -48,7 +60,22 @@ pub(crate) struct EngineArgs {
     chat_template: Option<PathBuf>,
 }
 
+/// Where the weights of a model come from.
+#[derive(ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum LoadFormat {
+    /// The model's own files
+    #[default]
+    Auto,
+    /// Random weights of the model's shapes
+    Dummy,
+}
+
 impl EngineArgs {
+    /// Finds the model and opens it, or makes it up.
+    pub(crate) fn open(&self, model: &str) -> Result<(Resolved, Model), Error> {
+        open_as(model, self.load_format)
+    }
+
     /// The engine's configuration.
     pub(crate) fn config(&self) -> EngineConfig {
         let default = EngineConfig::default();
@@ -59,6 +86,7 @@ impl EngineArgs {
             max_num_batched_tokens: or(self.max_num_batched_tokens, default.max_num_batched_tokens),
             max_model_len: self.max_model_len.map(|n| n as usize),
             kv_cache_bytes: self.kv_cache_memory.map(|bytes| bytes.0),
+            gpu_memory_utilization: self.gpu_memory_utilization.unwrap_or(default.gpu_memory_utilization),
             max_queued_requests: or(self.max_queued_requests, 4 * max_num_seqs),
             enable_prefix_caching: self.enable_prefix_caching || !self.no_enable_prefix_caching,
             ..default
@@ -70,9 +98,9 @@ impl EngineArgs {
         Self { max_num_seqs: Some(self.max_num_seqs.unwrap_or(1)), ..self.clone() }.config()
     }
 
-    /// The CPU backend's configuration.
-    pub(crate) fn cpu(&self) -> CpuConfig {
-        CpuConfig { threads: self.threads.map(usize::from), ..CpuConfig::default() }
+    /// The device to run on.
+    pub(crate) fn device(&self) -> Result<Device, Error> {
+        find_device(self.device, self.threads.map(usize::from))
     }
 
     /// Puts the template of `--chat-template` into `model`.
@@ -86,10 +114,32 @@ impl EngineArgs {
     }
 }
 
+/// The device of `--device` and `--threads`; says on standard error when `auto` finds no GPU.
+pub(crate) fn find_device(choice: Option<DeviceChoice>, threads: Option<usize>) -> Result<Device, Error> {
+    let cpu = CpuConfig { threads, ..CpuConfig::default() };
+    let (device, why) = choice.unwrap_or_default().find(cpu).map_err(in_flags)?;
+    if let Some(why) = why {
+        // Standard error may be closed; the answer is on the CPU all the same.
+        drop(writeln!(std::io::stderr(), "no GPU is used: {why}"));
+    }
+    Ok(device)
+}
+
 /// Finds the model, fetching it with a progress bar when it is not on this machine.
 pub(crate) fn resolve(model: &str) -> Result<Resolved, Error> {
     let reference: ModelRef = model.parse()?;
     Ok(Hub::from_env().resolve(&reference, &ProgressBar::stderr())?)
+}
+
+/// [`resolve`] and open, or a model with random weights.
+pub(crate) fn open_as(model: &str, format: LoadFormat) -> Result<(Resolved, Model), Error> {
+    if format == LoadFormat::Dummy {
+        let made_up = dummy::open(model)?;
+        let name = made_up.info.path.file_name().map_or(model.into(), |name| name.to_string_lossy().into_owned());
+        let resolved = Resolved { path: made_up.info.path.clone(), name, source: "random numbers".to_owned() };
+        return Ok((resolved, made_up));
+    }
+    open(model)
 }
 
 /// [`resolve`] and open.
@@ -104,6 +154,7 @@ pub(crate) fn in_flags(error: cupola_engine::Error) -> Error {
     let mut text = error.to_string();
     for (setting, flag) in [
         ("kv_cache_bytes", "--kv-cache-memory"),
+        ("gpu_memory_utilization", "--gpu-memory-utilization"),
         ("max_model_len", "--max-model-len"),
         ("max_num_seqs", "--max-num-seqs"),
         ("max_num_batched_tokens", "--max-num-batched-tokens"),

@@ -2,12 +2,13 @@
 
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::Args;
-use cupola_kernels::cpu::{CpuBackend, CpuConfig};
+use cupola_engine::DeviceChoice;
 use serde_json::json;
 
-use super::engine_args::{DEFAULT_MODEL, open};
+use super::engine_args::{DEFAULT_MODEL, find_device, open};
 use super::error::Error;
 use crate::bench::perplexity::{Perplexity, measure};
 
@@ -31,6 +32,9 @@ pub(crate) struct PerplexityArgs {
     /// Worker threads [default: one a physical core this process may use]
     #[arg(long, short = 't', value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Where the model runs: cpu, cuda, cuda:N, or auto for a GPU where one is found [default: cpu]
+    #[arg(long, value_name = "DEVICE", value_parser = DeviceChoice::from_str)]
+    device: Option<DeviceChoice>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -48,14 +52,13 @@ pub(super) fn run(args: &PerplexityArgs, out: &mut dyn Write) -> Result<(), Erro
     let tokens = model.tokenizer.encode(&text, true)?;
     // What an empty text begins with is what every text begins with.
     let bos = model.tokenizer.encode("", true)?.first().copied();
-    let threads = args.threads.map(usize::from);
-    let backend = CpuBackend::new(CpuConfig { threads, ..CpuConfig::default() })?;
+    let backend = find_device(args.device, args.threads.map(usize::from))?.backend()?;
     let mut watch = |so_far: &Perplexity, windows: usize| {
         if std::io::stderr().is_terminal() {
             drop(writeln!(std::io::stderr(), "window {} of {windows}: {:.4}", so_far.windows, so_far.value()));
         }
     };
-    let Some(result) = measure(&model, Box::new(backend), (&tokens, bos), context, &mut watch)? else {
+    let Some(result) = measure(&model, backend, (&tokens, bos), context, &mut watch)? else {
         let got = tokens.len();
         return Err(usage(format!("the text has {got} tokens, and one window needs {context}; choose a smaller -c")));
     };

@@ -5,7 +5,7 @@ use std::io::Write;
 use clap::Args;
 use serde_json::json;
 
-use super::engine_args::{DEFAULT_MODEL, EngineArgs, in_flags, open};
+use super::engine_args::{DEFAULT_MODEL, EngineArgs, in_flags};
 use super::error::Error;
 use super::size::count;
 
@@ -22,8 +22,8 @@ pub(crate) struct PlanArgs {
 }
 
 pub(crate) fn run(args: &PlanArgs, out: &mut dyn Write) -> Result<(), Error> {
-    let (resolved, model) = open(&args.model)?;
-    let plan = cupola_engine::plan(&model, &args.engine.config()).map_err(in_flags)?;
+    let (resolved, model) = args.engine.open(&args.model)?;
+    let plan = cupola_engine::plan(&model, &args.engine.config(), &args.engine.device()?).map_err(in_flags)?;
     let info = &model.info;
     if args.json {
         let facts = json!({
@@ -32,6 +32,7 @@ pub(crate) fn run(args: &PlanArgs, out: &mut dyn Write) -> Result<(), Error> {
             "quantization": info.quantization,
             "parameters": info.parameters,
             "file_bytes": info.file_bytes,
+            "device": plan.device,
             "weights_bytes": plan.weights_bytes,
             "kv_bytes": plan.kv_bytes,
             "kv_tokens": plan.kv_tokens,

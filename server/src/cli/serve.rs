@@ -15,7 +15,7 @@ use clap::Args;
 use cupola_engine::Engine;
 use serde_json::json;
 
-use super::engine_args::{DEFAULT_MODEL, EngineArgs, in_flags, open};
+use super::engine_args::{DEFAULT_MODEL, EngineArgs, in_flags};
 use super::error::Error;
 use super::size::count;
 use crate::auth::ApiKeys;
@@ -99,20 +99,21 @@ impl ServeArgs {
 pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
     let config = args.config()?;
     let with_keys = !config.api_keys.is_empty();
+    let device = args.engine.device()?;
     let listener = listen::bind(&config)?;
-    let (resolved, mut model) = open(&args.model)?;
+    let (resolved, mut model) = args.engine.open(&args.model)?;
     args.engine.apply_chat_template(&mut model)?;
     let names = args.names(&resolved.name);
 
     let engine_config = args.engine.config();
-    let plan = cupola_engine::plan(&model, &engine_config).map_err(in_flags)?;
+    let plan = cupola_engine::plan(&model, &engine_config, &device).map_err(in_flags)?;
     let (parameters, info) = (count(model.info.parameters), &model.info);
     tell(&format!(
         "{}: {}, {parameters} parameters, {}, from {}\n{plan}\n",
         names[0], info.architecture, info.quantization, resolved.source
     ));
     let began = Instant::now();
-    let engine = Engine::load(&model, engine_config, args.engine.cpu()).map_err(in_flags)?;
+    let engine = Engine::load(&model, engine_config, &device).map_err(in_flags)?;
     tell(&format!("loaded in {:.2} s\n", began.elapsed().as_secs_f64()));
 
     let chat = model.chat_template.is_some();

@@ -1,6 +1,7 @@
 //! The command line as clap sees it.
 
 use clap::{CommandFactory, Parser};
+use cupola_engine::Device;
 
 use super::bench::BenchCommand;
 use super::{Cli, Command};
@@ -41,7 +42,8 @@ fn engine_flags_become_its_configuration() {
     assert_eq!(plan("").config(), cupola_engine::EngineConfig::default());
     assert!(plan("--no-enable-prefix-caching --enable-prefix-caching").config().enable_prefix_caching);
     assert_eq!(plan("").config_for_one().max_num_seqs, 1);
-    assert_eq!(plan("-t 2").cpu().threads, Some(2));
+    let Device::Cpu(cpu) = plan("-t 2").device().expect("the CPU is always there") else { panic!("not the CPU") };
+    assert_eq!(cpu.threads, Some(2));
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use axum::body::Body;
 use bytes::Bytes;
-use cupola_engine::{Engine, EngineConfig, EngineSetup, MemoryPlan, ModelRunner};
+use cupola_engine::{Engine, EngineConfig, EngineSetup, MemoryPlan, ModelRunner, RunError};
 use cupola_kernels::format::WeightType;
 use cupola_kernels::kv::BLOCK_SIZE;
 use cupola_models::testing::Scratch;
@@ -67,11 +67,11 @@ impl ModelRunner for StandIn {
         self.vocab
     }
 
-    fn forward(&mut self, batch: &Batch) -> Result<(), String> {
+    fn forward(&mut self, batch: &Batch) -> Result<(), RunError> {
         std::thread::sleep(Duration::from_micros(self.controls.step_micros.load(Relaxed)));
         assert!(!self.controls.panic.load(Relaxed), "told to panic");
         if self.controls.fail.load(Relaxed) {
-            return Err("the stand-in was told to fail".to_owned());
+            return Err("the stand-in was told to fail".to_owned().into());
         }
         self.rows.clear();
         for &row in &batch.outputs {
@@ -89,7 +89,7 @@ impl ModelRunner for StandIn {
         &self.greedy
     }
 
-    fn for_each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<(), String> {
+    fn for_each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<(), RunError> {
         for (index, &(token, seed)) in self.rows.iter().enumerate() {
             let mut logits: Vec<f32> = vec![-30.0; self.vocab];
             for &word in &self.words {
@@ -152,6 +152,7 @@ impl Plan {
             text: Arc::new(model.tokenizer.clone()),
             eos: model.tokenizer.eos().to_vec(),
             plan: MemoryPlan {
+                device: "stand-in".into(),
                 weights_bytes: 0,
                 kv_bytes: 0,
                 kv_tokens: KV_BLOCKS * BLOCK_SIZE,

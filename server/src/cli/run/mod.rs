@@ -17,7 +17,7 @@ use cupola_models::GenerationDefaults;
 use serde_json::json;
 
 use self::session::{Session, stopped_by_ctrl_c};
-use super::engine_args::{DEFAULT_MODEL, EngineArgs, in_flags, open};
+use super::engine_args::{DEFAULT_MODEL, EngineArgs, in_flags};
 use super::error::Error;
 
 /// Temperature where neither the user nor the model says one: lively, and rarely off the rails.
@@ -125,7 +125,7 @@ pub(crate) fn run(args: &RunArgs, out: &mut dyn Write) -> Result<(), Error> {
             "--json answers one prompt: give it as the second argument or on standard input".into(),
         ));
     }
-    let (resolved, mut model) = open(&args.model)?;
+    let (resolved, mut model) = args.engine.open(&args.model)?;
     args.engine.apply_chat_template(&mut model)?;
     if model.chat_template.is_none() && !args.raw {
         let name = &resolved.name;
@@ -135,7 +135,7 @@ pub(crate) fn run(args: &RunArgs, out: &mut dyn Write) -> Result<(), Error> {
              one, --raw says that this is meant"
         ));
     }
-    let engine = Engine::load(&model, args.engine.config_for_one(), args.engine.cpu()).map_err(in_flags)?;
+    let engine = Engine::load(&model, args.engine.config_for_one(), &args.engine.device()?).map_err(in_flags)?;
     let session = Session {
         engine,
         sampling: args.sampling(&model.info.generation),

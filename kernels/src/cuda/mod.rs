@@ -1,0 +1,33 @@
+//! CUDA: found at run time, driven through the driver library alone, with kernels that are embedded as compiled code.
+//!
+//! ```text
+//!   cu/*.cu ──nvcc, once, committed──> prebuilt/*.fatbin ──include_bytes──> driver::Device ──launch──> GPU
+//!      └────g++, by the tests────────> emulated libcuda.so.1 (kernels/cuda-emulator) ──────────────────> CPU
+//!   probe ── is there a driver, is it new enough, which devices?   one line why not, never a panic
+//! ```
+//!
+//! A build needs neither nvcc nor a GPU. The library is opened when a device is asked for, never at link time.
+
+mod backend;
+mod batch;
+mod driver;
+mod fields;
+mod prebuilt;
+pub mod probe;
+mod products;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+mod weights;
+
+pub use backend::{CudaBackend, kv_block_bytes};
+pub use driver::free_memory;
+pub use probe::{DeviceInfo, devices};
+pub use weights::weight_bytes;
+
+// The emulated driver is for x86-64 Linux.
+#[cfg(test)]
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod emulator_tests;
+#[cfg(test)]
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod tests;
