@@ -286,4 +286,10 @@ pub trait Backend: Send {
 
     /// Runs `f(row, values)` for the first `rows` rows of an arena, several at a time on the worker threads.
     fn for_each_row(&mut self, buffer: BufferId, rows: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()>;
+
+    /// As [`Backend::for_each_row`], but what the rows of the arena hold afterwards is undefined: a device need not copy
+    /// back what `f` leaves.
+    fn take_rows(&mut self, buffer: BufferId, rows: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {
+        self.for_each_row(buffer, rows, f)
+    }
 }

@@ -226,7 +226,7 @@ impl Decoder {
         for start in (0..self.last.outputs.len()).step_by(LOGIT_ROWS) {
             let rows = self.norm_for_head(start)?;
             self.backend.linear(self.arenas.head_in, rows, self.head, Epilogue::Store, self.arenas.logits)?;
-            self.backend.for_each_row(self.arenas.logits, rows, &|row, logits| {
+            self.backend.take_rows(self.arenas.logits, rows, &|row, logits| {
                 if let Some(cap) = cap {
                     logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
                 }

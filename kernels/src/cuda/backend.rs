@@ -12,24 +12,18 @@
 //! The residual stream and all projections are f32, what matrix products and attention multiply is bf16, sums are f32.
 
 use super::DeviceInfo;
-use super::batch::{Batches, Cut, SLOTS, Tables};
+use super::batch::{Batches, Cut};
 use super::driver::{Arg, Device, DeviceBytes, Launch};
 use super::fields::{Fields, NULL};
+use super::pool::{NO_WINDOW, Pool, launch_attention};
 use super::products::{Expanded, Finish, Input, Output, product};
 use super::weights::{Format, Linear};
 use crate::cpu::rope::RopeTable;
-use crate::cpu::spans::check_heads;
-use crate::kv::BLOCK_SIZE;
 use crate::memory::{Arena, cast_mut};
 use crate::{
     ActId, Attention, Backend, BufferId, Epilogue, Error, GateFn, HeadShape, KvId, KvLayout, LinearId, PartOrder,
     Result, RopeId, RopePairs, RopeStore, Rows, VectorId, WeightPart,
 };
-
-/// A window that holds every position.
-const NO_WINDOW: usize = i32::MAX as usize;
-/// Widths of a head that have attention kernels.
-const WIDTHS: [usize; 5] = [32, 64, 96, 128, 256];
 
 /// An f32 arena of shape `[rows, cols]`.
 struct Buffer {
@@ -87,48 +81,6 @@ struct Rope {
     pairs: usize,
     positions: usize,
     values: DeviceBytes,
-}
-
-/// A paged key/value pool, and what pieces of sequences leave behind.
-struct Pool {
-    layout: KvLayout,
-    blocks: usize,
-    /// A head's dimension as it is stored.
-    width: usize,
-    values: DeviceBytes,
-    partial: DeviceBytes,
-    partial_state: DeviceBytes,
-}
-
-impl Pool {
-    /// `Pool` of `cu/kv.cuh`.
-    fn fields(&self, layer: usize) -> Fields {
-        Fields::default()
-            .pointer(self.values.at(0))
-            .number(self.layout.layers)
-            .number(layer)
-            .number(self.layout.kv_heads)
-            .number(self.width)
-    }
-
-    fn check(&self, op: &'static str, layer: usize, shape: HeadShape) -> Result<()> {
-        check_heads(op, shape, self.layout)?;
-        if layer < self.layout.layers {
-            return Ok(());
-        }
-        Err(Error::Shape { op, expected: format!("a layer below {}", self.layout.layers), got: layer.to_string() })
-    }
-}
-
-/// Bytes of one block of a pool over all layers, on a device.
-pub fn kv_block_bytes(layout: KvLayout) -> usize {
-    let width = width_of(layout.head_dim).unwrap_or(layout.head_dim);
-    KvLayout { head_dim: width, ..layout }.block_bytes()
-}
-
-/// The width that heads of this dimension are stored in.
-fn width_of(head_dim: usize) -> Option<usize> {
-    WIDTHS.into_iter().find(|&width| width >= head_dim)
 }
 
 /// Elements of an activation row: whole tiles.
@@ -209,10 +161,15 @@ impl CudaBackend {
 
 #[cfg(test)]
 impl CudaBackend {
+    /// Waits until all submitted work is done.
+    pub(super) fn synchronize(&self) {
+        self.device.synchronize().unwrap();
+    }
+
     /// The content of a pool, and the width of its heads.
     pub(super) fn pool_values(&self, kv: KvId) -> (Vec<u16>, usize) {
         let pool = &self.pools[kv.0 as usize];
-        let mut bytes = vec![0; kv_block_bytes(pool.layout) * pool.blocks];
+        let mut bytes = vec![0; pool.values.len()];
         self.device.download(&pool.values, 0, &mut bytes).unwrap();
         (bytes.as_chunks::<2>().0.iter().map(|&pair| u16::from_le_bytes(pair)).collect(), pool.width)
     }
@@ -313,17 +270,9 @@ impl Backend for CudaBackend {
     }
 
     fn alloc_kv(&mut self, layout: KvLayout, num_blocks: usize) -> Result<KvId> {
-        let Some(width) = width_of(layout.head_dim) else {
-            let expected = format!("heads of at most {} dimensions", WIDTHS[WIDTHS.len() - 1]);
-            return Err(Error::Shape { op: "alloc_kv", expected, got: layout.head_dim.to_string() });
-        };
-        let values =
-            self.device.alloc_zeroed(kv_block_bytes(layout).saturating_mul(num_blocks), "the key/value pool")?;
-        let rows = SLOTS * layout.kv_heads * 16;
-        let partial = self.device.alloc(rows * width * 4, "pieces of attention")?;
-        let partial_state = self.device.alloc(rows * 8, "pieces of attention")?;
+        let pool = Pool::new(&mut self.device, layout, num_blocks)?;
         let id = KvId(next_id(&self.pools));
-        self.pools.push(Pool { layout, blocks: num_blocks, width, values, partial, partial_state });
+        self.pools.push(pool);
         Ok(id)
     }
 
@@ -577,7 +526,14 @@ impl Backend for CudaBackend {
     }
 
     fn for_each_row(&mut self, buffer: BufferId, rows: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {
+        self.take_rows(buffer, rows, f)?;
         let buffer = &mut self.buffers[buffer.0 as usize];
+        let bytes = rows * buffer.cols * size_of::<f32>();
+        self.device.upload(&mut buffer.values, 0, &self.host[..bytes])
+    }
+
+    fn take_rows(&mut self, buffer: BufferId, rows: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {
+        let buffer = &self.buffers[buffer.0 as usize];
         let cols = buffer.cols;
         buffer.check("for_each_row", rows, cols)?;
         if rows * cols == 0 {
@@ -599,7 +555,7 @@ impl Backend for CudaBackend {
                         f(i * share + row, values);
                     }
                 };
-                // The first share is this thread's own.
+                // A single share needs no thread.
                 if threads == 1 {
                     work();
                 } else {
@@ -607,36 +563,6 @@ impl Backend for CudaBackend {
                 }
             }
         });
-        self.device.upload(&mut buffer.values, 0, &self.host[..bytes])
+        Ok(())
     }
-}
-
-/// Submits the items of attention: those of few rows, of many, and the merges.
-fn launch_attention(device: &mut Device, pool: &Pool, tables: &Tables, fields: impl Fn(Arg) -> [Arg; 1]) -> Result<()> {
-    let kv_heads = pool.layout.kv_heads as u32;
-    let width = WIDTHS.iter().position(|&width| width == pool.width).expect("the pool was made with one of them");
-    let [few, many, merges] = tables.items();
-    let counts = tables.counts;
-    if counts.few > 0 {
-        let name = ["decode_32", "decode_64", "decode_96", "decode_128", "decode_256"][width];
-        let kernel = device.kernel("attention_decode", name)?;
-        let shape = Launch { grid: (counts.few as u32, kv_heads), block: 128, shared: 0 };
-        device.launch(&kernel, shape, &fields(few))?;
-    }
-    if counts.merges > 0 {
-        let kernel = device.kernel("attention_decode", "attention_merge")?;
-        let shape = Launch { grid: (counts.merges as u32, kv_heads), block: 128, shared: 0 };
-        device.launch(&kernel, shape, &fields(merges))?;
-    }
-    if counts.many > 0 {
-        let name = ["prefill_32", "prefill_64", "prefill_96", "prefill_128", "prefill_256"][width];
-        // Queries of 4 warps, and the stages of the ring, as in `cu/attention_prefill.cu`.
-        let stages = if pool.width <= 128 { 3 } else { 2 };
-        let shared = (4 * pool.width / 32 * 2 * 32 * 16 + stages * 2 * BLOCK_SIZE * pool.width * 2) as u32;
-        let kernel = device.kernel("attention_prefill", name)?;
-        device.allow_shared(&kernel, shared)?;
-        let shape = Launch { grid: (counts.many as u32, kv_heads), block: 128, shared };
-        device.launch(&kernel, shape, &fields(many))?;
-    }
-    Ok(())
 }

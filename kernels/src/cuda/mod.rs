@@ -12,6 +12,7 @@ mod backend;
 mod batch;
 mod driver;
 mod fields;
+mod pool;
 mod prebuilt;
 pub mod probe;
 mod products;
@@ -19,8 +20,9 @@ mod products;
 pub mod testing;
 mod weights;
 
-pub use backend::{CudaBackend, kv_block_bytes};
+pub use backend::CudaBackend;
 pub use driver::free_memory;
+pub use pool::kv_block_bytes;
 pub use probe::{DeviceInfo, devices};
 pub use weights::weight_bytes;
 

@@ -9,6 +9,7 @@ mod layer;
 mod products;
 mod rope;
 mod rows;
+mod speed;
 
 use std::sync::Mutex;
 

@@ -1,0 +1,115 @@
+//! The paged key/value pool on a device, and the launches of attention over it.
+//!
+//! ```text
+//!   pool    [block][layer][kv head][ K: position x width | V: width x position ]    bf16, 32 positions (`cu/kv.cuh`)
+//!   items   few rows ──> decode_*  ──pieces──> attention_merge
+//!           many     ──> prefill_*
+//! ```
+
+use super::batch::{SLOTS, Tables};
+use super::driver::{Arg, Device, DeviceBytes, Launch};
+use super::fields::Fields;
+use crate::cpu::spans::check_heads;
+use crate::kv::BLOCK_SIZE;
+use crate::{Error, HeadShape, KvLayout, Result};
+
+/// A window that holds every position.
+pub(super) const NO_WINDOW: usize = i32::MAX as usize;
+/// Widths of a head that have attention kernels.
+const WIDTHS: [usize; 5] = [32, 64, 96, 128, 256];
+
+/// A paged key/value pool, and what pieces of sequences leave behind.
+pub(super) struct Pool {
+    pub(super) layout: KvLayout,
+    pub(super) blocks: usize,
+    /// A head's dimension as it is stored.
+    pub(super) width: usize,
+    pub(super) values: DeviceBytes,
+    pub(super) partial: DeviceBytes,
+    pub(super) partial_state: DeviceBytes,
+}
+
+impl Pool {
+    /// Allocates a pool of zeros.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for heads that no kernel takes, and those of [`Device::alloc`].
+    pub(super) fn new(device: &mut Device, layout: KvLayout, blocks: usize) -> Result<Self> {
+        let Some(width) = width_of(layout.head_dim) else {
+            let expected = format!("heads of at most {} dimensions", WIDTHS[WIDTHS.len() - 1]);
+            return Err(Error::Shape { op: "alloc_kv", expected, got: layout.head_dim.to_string() });
+        };
+        let values = device.alloc_zeroed(kv_block_bytes(layout).saturating_mul(blocks), "the key/value pool")?;
+        let rows = SLOTS * layout.kv_heads * 16;
+        let partial = device.alloc(rows * width * 4, "pieces of attention")?;
+        let partial_state = device.alloc(rows * 8, "pieces of attention")?;
+        Ok(Self { layout, blocks, width, values, partial, partial_state })
+    }
+
+    /// `Pool` of `cu/kv.cuh`.
+    pub(super) fn fields(&self, layer: usize) -> Fields {
+        Fields::default()
+            .pointer(self.values.at(0))
+            .number(self.layout.layers)
+            .number(layer)
+            .number(self.layout.kv_heads)
+            .number(self.width)
+    }
+
+    pub(super) fn check(&self, op: &'static str, layer: usize, shape: HeadShape) -> Result<()> {
+        check_heads(op, shape, self.layout)?;
+        if layer < self.layout.layers {
+            return Ok(());
+        }
+        Err(Error::Shape { op, expected: format!("a layer below {}", self.layout.layers), got: layer.to_string() })
+    }
+}
+
+/// Bytes of one block of a pool over all layers, on a device.
+pub fn kv_block_bytes(layout: KvLayout) -> usize {
+    let width = width_of(layout.head_dim).unwrap_or(layout.head_dim);
+    KvLayout { head_dim: width, ..layout }.block_bytes()
+}
+
+/// The width that heads of this dimension are stored in.
+fn width_of(head_dim: usize) -> Option<usize> {
+    WIDTHS.into_iter().find(|&width| width >= head_dim)
+}
+
+/// Submits the items of attention: those of few rows, of many, and the merges. `fields` are the arguments for a list of items.
+///
+/// # Errors
+/// Those of [`Device::launch`].
+pub(super) fn launch_attention(
+    device: &mut Device,
+    pool: &Pool,
+    tables: &Tables,
+    fields: impl Fn(Arg) -> [Arg; 1],
+) -> Result<()> {
+    let kv_heads = pool.layout.kv_heads as u32;
+    let width = WIDTHS.iter().position(|&width| width == pool.width).expect("the pool was made with one of them");
+    let [few, many, merges] = tables.items();
+    let counts = tables.counts;
+    if counts.few > 0 {
+        let name = ["decode_32", "decode_64", "decode_96", "decode_128", "decode_256"][width];
+        let kernel = device.kernel("attention_decode", name)?;
+        let shape = Launch { grid: (counts.few as u32, kv_heads), block: 128, shared: 0 };
+        device.launch(&kernel, shape, &fields(few))?;
+    }
+    if counts.merges > 0 {
+        let kernel = device.kernel("attention_decode", "attention_merge")?;
+        let shape = Launch { grid: (counts.merges as u32, kv_heads), block: 128, shared: 0 };
+        device.launch(&kernel, shape, &fields(merges))?;
+    }
+    if counts.many > 0 {
+        let name = ["prefill_32", "prefill_64", "prefill_96", "prefill_128", "prefill_256"][width];
+        // Queries of 4 warps, and the stages of the ring, as in `cu/attention_prefill.cu`.
+        let stages = if pool.width <= 128 { 3 } else { 2 };
+        let shared = (4 * pool.width / 32 * 2 * 32 * 16 + stages * 2 * BLOCK_SIZE * pool.width * 2) as u32;
+        let kernel = device.kernel("attention_prefill", name)?;
+        device.allow_shared(&kernel, shared)?;
+        let shape = Launch { grid: (counts.many as u32, kv_heads), block: 128, shared };
+        device.launch(&kernel, shape, &fields(many))?;
+    }
+    Ok(())
+}
