@@ -115,7 +115,8 @@ fn attention() {
             };
             for sequence in 0..sequences {
                 let (pairs, query_scale, qk_norm) = (RopePairs::Halves, 1.0, None);
-                let (spans, block_table, qkv) = (&[span(sequence, 0, context)][..], &block_table[..], all);
+                let whole = [span(sequence, 0, context)];
+                let (spans, block_table, qkv) = (&whole[..], &block_table[..], all);
                 let store =
                     RopeStore { qkv, shape, rope, pairs, query_scale, qk_norm, kv, layer: 0, spans, block_table };
                 backend.rope_store(store).unwrap();
