@@ -288,6 +288,8 @@ impl StepLoop {
             Err(error) => {
                 self.fail_step(&step, &error.message);
                 if error.fatal {
+                    // Those of this batch have had their last event.
+                    self.drop_ended();
                     return Err(error.message);
                 }
             }
