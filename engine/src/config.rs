@@ -1,5 +1,7 @@
 //! What an operator may set about the engine, with defaults that start small.
 
+use cupola_kernels::KvType;
+
 use crate::Error;
 
 /// Limits of one engine. `Default` suits a CPU.
@@ -17,6 +19,8 @@ pub struct EngineConfig {
     /// Share of a device's memory that may be in use, by this engine and by others, from above 0 to 1. Does not concern the
     /// CPU.
     pub gpu_memory_utilization: f64,
+    /// What keys and values are stored as.
+    pub kv_cache_type: KvType,
     /// Most requests that wait, in the queue or before it with a [`crate::Permit`].
     pub max_queued_requests: usize,
     /// Most prompt tokens that wait; a single request is let through whatever its length.
@@ -35,6 +39,7 @@ impl Default for EngineConfig {
             max_model_len: None,
             kv_cache_bytes: None,
             gpu_memory_utilization: 0.9,
+            kv_cache_type: KvType::default(),
             max_queued_requests: 4 * 256,
             max_queued_tokens: 1 << 18,
             enable_prefix_caching: true,

@@ -105,15 +105,16 @@ pub fn plan(model: &Model, config: &EngineConfig, device: &Device) -> Result<Mem
     let limits = DecoderLimits {
         max_batch_tokens: config.max_num_batched_tokens,
         kv_blocks: 0,
+        kv_type: config.kv_cache_type,
         max_model_len: config.max_model_len.unwrap_or(spec.max_positions),
     };
-    let arena_bytes = limits.arena_bytes(spec);
+    let (arena_bytes, kv) = (limits.arena_bytes(spec), spec.kv_layout(config.kv_cache_type));
     let (weights_bytes, block_bytes, arena_bytes) = match device {
-        Device::Cpu(_) => (model.info.packed_bytes, spec.kv_layout().block_bytes(), arena_bytes),
+        Device::Cpu(_) => (model.info.packed_bytes, kv.block_bytes(), arena_bytes),
         #[cfg(unix)]
         Device::Cuda(_) => (
             model.weights.bytes_as(&|ty, rows, cols| Some(cuda::weight_bytes(ty, rows, cols))),
-            cuda::kv_block_bytes(spec.kv_layout()),
+            cuda::kv_block_bytes(kv),
             arena_bytes + DEVICE_SCRATCH_BYTES,
         ),
     };
@@ -234,7 +235,7 @@ impl fmt::Display for Bytes {
 
 #[cfg(test)]
 mod tests {
-    use cupola_kernels::KvLayout;
+    use cupola_kernels::{KvLayout, KvType};
 
     use super::*;
 
@@ -242,7 +243,11 @@ mod tests {
 
     /// The shape of a 135-million-parameter Llama.
     fn facts() -> ModelFacts {
-        let kv_block_bytes = KvLayout { layers: 30, kv_heads: 3, head_dim: 64 }.block_bytes() as u64;
+        facts_of(KvType::F16)
+    }
+
+    fn facts_of(ty: KvType) -> ModelFacts {
+        let kv_block_bytes = KvLayout { layers: 30, kv_heads: 3, head_dim: 64, ty }.block_bytes() as u64;
         ModelFacts { weights_bytes: 98 << 20, kv_block_bytes, max_positions: 8192, arena_bytes: 16 << 20 }
     }
 
@@ -290,6 +295,14 @@ mod tests {
             EngineConfig { kv_cache_bytes: Some(1 << 20), max_model_len: Some(512), ..EngineConfig::default() };
         let error = plan_memory(&facts(), &config, &cpu(16 * GIB)).expect_err("small pool").to_string();
         assert!(error.contains("max_model_len to at most 32"), "{error}");
+    }
+
+    #[test]
+    fn bytes_hold_nearly_twice_as_many_tokens_as_halves() {
+        let config = EngineConfig { kv_cache_bytes: Some(64 << 20), ..EngineConfig::default() };
+        let tokens = |ty| plan_memory(&facts_of(ty), &config, &cpu(16 * GIB)).expect("fits").kv_tokens as f64;
+        let ratio = tokens(KvType::Int8) / tokens(KvType::F16);
+        assert!((1.87..1.89).contains(&ratio), "64 bytes and a scale of 4 for each 128 bytes: {ratio}");
     }
 
     #[test]

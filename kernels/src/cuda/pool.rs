@@ -10,7 +10,7 @@ use super::batch::{SLOTS, Tables};
 use super::driver::{Arg, Device, DeviceBytes, Launch};
 use super::fields::Fields;
 use crate::cpu::spans::check_heads;
-use crate::kv::BLOCK_SIZE;
+use crate::kv::{BLOCK_SIZE, KvType};
 use crate::{Error, HeadShape, KvLayout, Result};
 
 /// A window that holds every position.
@@ -35,6 +35,10 @@ impl Pool {
     /// # Errors
     /// [`Error::Shape`] for heads that no kernel takes, and those of [`Device::alloc`].
     pub(super) fn new(device: &mut Device, layout: KvLayout, blocks: usize) -> Result<Self> {
+        if layout.ty != KvType::F16 {
+            let expected = "keys and values of 16 bits on a CUDA device".into();
+            return Err(Error::Shape { op: "alloc_kv", expected, got: layout.ty.name().into() });
+        }
         let Some(width) = width_of(layout.head_dim) else {
             let expected = format!("heads of at most {} dimensions", WIDTHS[WIDTHS.len() - 1]);
             return Err(Error::Shape { op: "alloc_kv", expected, got: layout.head_dim.to_string() });

@@ -44,6 +44,8 @@ fn engine_flags_become_its_configuration() {
     assert_eq!(plan("").config_for_one().max_num_seqs, 1);
     let Device::Cpu(cpu) = plan("-t 2").device().expect("the CPU is always there") else { panic!("not the CPU") };
     assert_eq!(cpu.threads, Some(2));
+    assert_eq!(plan("--kv-cache-dtype int8").config().kv_cache_type, cupola_kernels::KvType::Int8);
+    assert_eq!(plan("--kv-cache-dtype auto").config().kv_cache_type, cupola_kernels::KvType::F16);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use super::{backend, bits, identity, read_act, round, set};
 use crate::cpu::tests::noise;
 use crate::cuda::CudaBackend;
-use crate::kv::{BLOCK_SIZE, BlockId, KvLayout, SeqSpan, blocks_for};
+use crate::kv::{BLOCK_SIZE, BlockId, KvLayout, KvType, SeqSpan, blocks_for};
 use crate::{ActId, Attention, Backend, BufferId, Error, HeadShape, KvId, LinearId, RopePairs, RopeStore};
 
 /// Sequences whose keys and values are in the pool, in blocks in a scrambled order.
@@ -40,7 +40,7 @@ impl World {
         // An odd stride walks through all blocks of a pool whose size is a power of two.
         let size = blocks.next_power_of_two();
         let table: Vec<_> = (0..blocks).map(|i| BlockId(((i * 5 + 3) % size) as u32)).collect();
-        let kv = backend.alloc_kv(KvLayout { layers: 2, kv_heads, head_dim }, size).unwrap();
+        let kv = backend.alloc_kv(KvLayout { layers: 2, kv_heads, head_dim, ty: KvType::F16 }, size).unwrap();
         let rope = backend.load_rope(&[], 1.0, 4096).unwrap();
         for (i, span) in spans.iter().enumerate() {
             let rows = (span.pos0 + span.rows) as usize;

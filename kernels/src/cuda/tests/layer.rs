@@ -2,7 +2,7 @@
 
 use super::{backend, get, loaded};
 use crate::cpu::{CpuBackend, CpuConfig, Isa};
-use crate::kv::{BlockId, KvLayout, SeqSpan};
+use crate::kv::{BlockId, KvLayout, KvType, SeqSpan};
 use crate::{Attention, Backend, Epilogue, GateFn, HeadShape, PartOrder, RopePairs, RopeStore, Rows, WeightType};
 
 /// Runs a prefill of two prompts and some decoding steps; returns the logits of all rows.
@@ -26,7 +26,7 @@ fn run(backend: &mut dyn Backend) -> Vec<Vec<f32>> {
     let head_norm = backend.load_vector(&[1.1; 32]).unwrap();
     let frequencies: Vec<f64> = (0..16).map(|i| 0.5f64.powi(i)).collect();
     let rope = backend.load_rope(&frequencies, 1.0, 128).unwrap();
-    let kv = backend.alloc_kv(KvLayout { layers, kv_heads: 2, head_dim: 32 }, 8).unwrap();
+    let kv = backend.alloc_kv(KvLayout { layers, kv_heads: 2, head_dim: 32, ty: KvType::F16 }, 8).unwrap();
     let x = backend.alloc_buffer(most, hidden).unwrap();
     let y = backend.alloc_buffer(most, hidden).unwrap();
     let qkv = backend.alloc_buffer(most, shape.qkv_cols()).unwrap();

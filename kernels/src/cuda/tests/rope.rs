@@ -4,7 +4,7 @@ use half::bf16;
 
 use super::{backend, get, set};
 use crate::cpu::tests::noise;
-use crate::kv::{BLOCK_SIZE, BlockId, KvLayout, SeqSpan};
+use crate::kv::{BLOCK_SIZE, BlockId, KvLayout, KvType, SeqSpan};
 use crate::{Backend, Error, HeadShape, RopePairs, RopeStore};
 
 const SCALE: f64 = 1.1;
@@ -46,7 +46,8 @@ impl World {
     fn try_run(&self) -> Result<Outcome, Error> {
         let mut backend = backend();
         let rope = backend.load_rope(&self.inv_freq, SCALE, 100)?;
-        let layout = KvLayout { layers: 3, kv_heads: self.shape.kv_heads, head_dim: self.shape.head_dim };
+        let layout =
+            KvLayout { layers: 3, kv_heads: self.shape.kv_heads, head_dim: self.shape.head_dim, ty: KvType::F16 };
         let kv = backend.alloc_kv(layout, 8)?;
         let qkv = backend.alloc_buffer(ROWS, self.shape.qkv_cols())?;
         set(&mut backend, qkv, ROWS, |row, col| noise(row * 10_007 + col));

@@ -2,6 +2,7 @@
 
 use super::{backend, get, identity, loaded, read_act, round, set};
 use crate::cpu::tests::noise;
+use crate::kv::{KvLayout, KvType};
 use crate::{Backend, Epilogue, Error, PartOrder, Rows, WeightPart, WeightType};
 
 #[test]
@@ -120,6 +121,10 @@ fn misuse_is_refused_with_both_sizes() {
     assert!(backend.linear(act, 2, weight, Epilogue::Store, wrong).is_err());
     assert!(backend.linear(act, 3, weight, Epilogue::Store, out).is_err());
     backend.linear(act, 2, weight, Epilogue::Store, out).unwrap();
+    let bytes = KvLayout { layers: 1, kv_heads: 1, head_dim: 64, ty: KvType::Int8 };
+    assert!(backend.alloc_kv(bytes, 1).unwrap_err().to_string().contains("got int8"));
+    let wide = KvLayout { head_dim: 512, ty: KvType::F16, ..bytes };
+    assert!(backend.alloc_kv(wide, 1).unwrap_err().to_string().contains("at most 256"));
     assert!(backend.allocated_bytes() > 320);
     assert!(backend.describe().starts_with("cuda:"), "{}", backend.describe());
 }

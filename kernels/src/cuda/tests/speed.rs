@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use super::{CudaBackend, backend};
 use crate::cpu::tests::noise;
-use crate::kv::{BLOCK_SIZE, BlockId, KvLayout, SeqSpan};
+use crate::kv::{BLOCK_SIZE, BlockId, KvLayout, KvType, SeqSpan};
 use crate::{
     ActId, Attention, Backend, Epilogue, HeadShape, LinearId, PartOrder, RopePairs, RopeStore, Rows, WeightPart,
     WeightType,
@@ -102,7 +102,7 @@ fn attention() {
             let mut backend = backend();
             let shape = HeadShape { heads, kv_heads, head_dim };
             let blocks = context.div_ceil(BLOCK_SIZE);
-            let layout = KvLayout { layers: 1, kv_heads, head_dim };
+            let layout = KvLayout { layers: 1, kv_heads, head_dim, ty: KvType::F16 };
             let kv = backend.alloc_kv(layout, blocks * sequences).unwrap();
             let rope = backend.load_rope(&[], 1.0, context).unwrap();
             let all = backend.alloc_buffer(context, shape.qkv_cols()).unwrap();
