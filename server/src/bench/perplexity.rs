@@ -48,8 +48,9 @@ impl Perplexity {
     }
 }
 
-/// Scores `tokens` in windows of `context`, at least 4, with keys and values stored as `kv_type`; `bos` takes the first place of each. `watch` is called after each
-/// window with what there is so far. `None` when the text does not fill one window.
+/// Scores `tokens` in windows of `context`, at least 4, with keys and values stored as `kv_type`; `bos` takes the first
+/// place of each. `watch` is called after each window with what there is so far. `None` when the text does not fill one
+/// window.
 ///
 /// # Errors
 /// A model that the backend cannot load.
