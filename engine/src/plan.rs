@@ -15,6 +15,7 @@
 
 use std::fmt;
 
+use cupola_kernels::KvType;
 #[cfg(unix)]
 use cupola_kernels::cuda;
 use cupola_kernels::kv::{BLOCK_SIZE, blocks_for};
@@ -101,6 +102,13 @@ impl Place {
 /// [`Error::Memory`] with the number that would fit; [`Error::Config`] for a setting out of range.
 pub fn plan(model: &Model, config: &EngineConfig, device: &Device) -> Result<MemoryPlan, Error> {
     config.validate()?;
+    if config.kv_cache_type != KvType::F16 && !matches!(device, Device::Cpu(_)) {
+        return Err(Error::Config {
+            field: "kv_cache_type",
+            expected: "auto on a device that is not the CPU, which stores 16 bits".into(),
+            got: config.kv_cache_type.name().into(),
+        });
+    }
     let spec = &model.spec;
     let limits = DecoderLimits {
         max_batch_tokens: config.max_num_batched_tokens,
@@ -235,7 +243,7 @@ impl fmt::Display for Bytes {
 
 #[cfg(test)]
 mod tests {
-    use cupola_kernels::{KvLayout, KvType};
+    use cupola_kernels::KvLayout;
 
     use super::*;
 

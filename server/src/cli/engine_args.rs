@@ -181,6 +181,7 @@ pub(crate) fn in_flags(error: cupola_engine::Error) -> Error {
     for (setting, flag) in [
         ("kv_cache_bytes", "--kv-cache-memory"),
         ("gpu_memory_utilization", "--gpu-memory-utilization"),
+        ("kv_cache_type", "--kv-cache-dtype"),
         ("max_model_len", "--max-model-len"),
         ("max_num_seqs", "--max-num-seqs"),
         ("max_num_batched_tokens", "--max-num-batched-tokens"),

@@ -72,6 +72,11 @@ fn the_plan_is_made_for_the_device() {
     let half: Value = serde_json::from_str(&stdout(&command.output().expect("the binary runs"))).expect("JSON");
     assert_eq!(half["available_bytes"], 1 << 29);
 
+    let mut command =
+        with_device(&["plan", tiny_model(), "--device", "cuda", "--kv-cache-dtype", "int8"]).expect("as above");
+    let said = text(&command.output().expect("the binary runs").stderr);
+    assert!(said.contains("--kv-cache-dtype must be auto on a device") && said.contains("got int8"), "{said}");
+
     let mut command = with_device(&["plan", tiny_model(), "--device", "cuda:7"]).expect("as above");
     let said = text(&command.output().expect("the binary runs").stderr);
     assert!(said.contains("cuda:7 cannot be used: there is no such device; choose cuda:0"), "{said}");
