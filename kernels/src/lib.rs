@@ -21,6 +21,8 @@ pub mod error;
 pub mod format;
 pub mod kv;
 pub mod memory;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 pub use error::{Error, Result};
 pub use format::WeightType;

@@ -18,6 +18,7 @@ mod isa;
 mod norm;
 mod pool;
 mod products;
+pub mod roofline;
 mod rope;
 mod simd;
 mod spans;
