@@ -226,6 +226,14 @@ pub trait Backend: Send {
     /// match its shape.
     fn load_linear(&mut self, parts: &[WeightPart<'_>], order: PartOrder, bias: Option<&[f32]>) -> Result<LinearId>;
 
+    /// Says that the last matrix was loaded: what is kept for the next start is written now.
+    ///
+    /// # Errors
+    /// [`Error::PackedFile`]; the backend works all the same.
+    fn weights_loaded(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     /// Builds a rotary table from `rotary_dim / 2` inverse frequencies; cosines and sines are multiplied by `scale`.
     fn load_rope(&mut self, inv_freq: &[f64], scale: f64, max_positions: usize) -> Result<RopeId>;
 

@@ -328,10 +328,10 @@ pub async fn versions(peers: &[Peer], common: &Common) -> Vec<String> {
 /// The version in what a program said: the last line that begins like one, with or without a word before it. Libraries
 /// put warnings with numbers in them around it.
 pub(super) fn version_in(said: &str) -> Option<String> {
-    let versions = said.lines().filter_map(|line| {
+    let mut versions = said.lines().filter_map(|line| {
         let line = line.trim();
         let line = line.strip_prefix("version:").unwrap_or(line).trim();
         line.starts_with(|c: char| c.is_ascii_digit()).then(|| line.replace(',', ";"))
     });
-    versions.last()
+    versions.next_back()
 }
