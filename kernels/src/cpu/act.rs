@@ -57,10 +57,13 @@ pub(crate) fn tiles(from: usize, rows: usize, tile_rows: usize) -> impl Iterator
 }
 
 /// The tile that `row` lies in.
+#[inline]
 fn tile_of(row: usize, rows: usize, tile_rows: usize) -> Tile {
     let start = row / tile_rows * tile_rows;
-    let mut tiles = tiles(start, rows.min(start + tile_rows), tile_rows);
-    tiles.find(|tile| row < tile.row + tile.len).expect("a row lies in one of the tiles from its group's start")
+    if start + tile_rows <= rows {
+        return Tile { row: start, len: tile_rows };
+    }
+    tiles(start, rows, tile_rows).find(|tile| row < tile.row + tile.len).expect("the tiles of a group cover its rows")
 }
 
 /// An activation arena.

@@ -1,9 +1,12 @@
 //! The ops around matrix products: how panels and rows are shared out to the workers, and what happens to the results.
 //!
 //! ```text
-//!   Concat   chunk of panels ──> for each group of 128 rows: multiply -> stage [rows][16] -> bias, store or add | argmax
-//!   GateUp   chunk of units  ──> 2 gate and 2 up panels -> stages -> f(gate) * up -> 32 columns, quantised in place
+//!   Concat   chunk of panels ──> for each group of 128 rows: multiply -> stage [panels][rows][16] -> bias, store or add | argmax
+//!   GateUp   chunk of units  ──> 2 gate and 2 up panels each -> stages -> f(gate) * up -> 32 columns, quantised in place
 //! ```
+//!
+//! As many panels are multiplied at a time as a stage has room for: with one row, a hundred, whose bytes stream through
+//! without a pause.
 
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -19,10 +22,13 @@ use crate::format::pack::{PANEL, panel_row};
 use crate::memory::{Arena, SharedMut};
 use crate::{GateFn, Result};
 
+/// Entries of a stage: two panels of a full group.
+const STAGE: usize = 2 * GROUP;
+
 /// Scratch memory of one worker.
 pub(super) struct Work {
-    /// Products of up to four panels with one group of rows.
-    stages: [Arena<Lanes>; 4],
+    /// Products of panels with one group of rows, panel by panel: of one matrix, or of the gate and of the up matrix.
+    stages: [Arena<Lanes>; 2],
     /// What the instruction set unpacks a panel into.
     unpacked: Arena<u8>,
 }
@@ -31,8 +37,8 @@ impl Work {
     /// Scratch for matrices without columns; see [`Work::fit`].
     pub(super) fn new() -> Result<Self> {
         let what = "scratch memory of a worker";
-        let stage = || Arena::zeroed(GROUP, what);
-        Ok(Self { stages: [stage()?, stage()?, stage()?, stage()?], unpacked: Arena::zeroed(0, what)? })
+        let stage = || Arena::zeroed(STAGE, what);
+        Ok(Self { stages: [stage()?, stage()?], unpacked: Arena::zeroed(0, what)? })
     }
 
     /// Grows the scratch for rows of `cols` columns.
@@ -148,21 +154,22 @@ impl Kernel for Product<'_> {
     fn run<S: Simd>(self, s: S) {
         let Target { out, add } = self.target;
         for group in Group::split(self.acts) {
-            for index in self.panels.clone() {
-                let panel = self.weight.panel(self.store, index);
-                let Work { stages: [stage, ..], unpacked, .. } = &mut *self.work;
-                let stage = &mut stage[..group.len()];
-                multiply(self.isa, panel.ty, panel.bytes, group, (unpacked, stage));
-                for (lanes, row) in stage.iter_mut().zip(group.first()..) {
+            let rows = group.len();
+            for run in self.weight.runs(self.store, self.panels.clone(), STAGE / rows) {
+                let Work { stages: [stage, _], unpacked } = &mut *self.work;
+                multiply(self.isa, run, group, (unpacked, stage));
+                for (panel, lanes) in run.panels().zip(stage.chunks_exact_mut(rows)) {
                     add_bias(self.weight, &panel, lanes);
-                    // SAFETY: each panel has columns of its own, and each panel is in one chunk.
-                    let out = unsafe { out.part(row * self.weight.rows + panel.first, panel.rows) };
-                    if let Ok(out) = <&mut Lanes>::try_from(&mut *out) {
-                        let value = s.load(lanes);
-                        s.store(if add { s.add(s.load(out), value) } else { value }, out);
-                    } else {
-                        for (out, value) in out.iter_mut().zip(lanes) {
-                            *out = if add { *out + *value } else { *value };
+                    for (lanes, row) in lanes.iter().zip(group.first()..) {
+                        // SAFETY: each panel has columns of its own, and each panel is in one chunk.
+                        let out = unsafe { out.part(row * self.weight.rows + panel.first, panel.rows) };
+                        if let Ok(out) = <&mut Lanes>::try_from(&mut *out) {
+                            let value = s.load(lanes);
+                            s.store(if add { s.add(s.load(out), value) } else { value }, out);
+                        } else {
+                            for (out, value) in out.iter_mut().zip(lanes) {
+                                *out = if add { *out + *value } else { *value };
+                            }
                         }
                     }
                 }
@@ -171,11 +178,15 @@ impl Kernel for Product<'_> {
     }
 }
 
+/// Adds the bias to every row's product with a panel.
 #[inline(always)]
-fn add_bias(weight: &Linear, panel: &Panel<'_>, lanes: &mut Lanes) {
+fn add_bias(weight: &Linear, panel: &Panel, rows: &mut [Lanes]) {
     if let Some(bias) = &weight.bias {
-        for (value, bias) in lanes.iter_mut().zip(&bias[panel.first..][..panel.rows]) {
-            *value += bias;
+        let bias = &bias[panel.first..][..panel.rows];
+        for lanes in rows {
+            for (value, bias) in lanes.iter_mut().zip(bias) {
+                *value += bias;
+            }
         }
     }
 }
@@ -242,18 +253,19 @@ impl Kernel for Largest<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         for group in Group::split(self.acts) {
-            for index in self.panels.clone() {
-                let panel = self.weight.panel(self.store, index);
-                let Work { stages: [stage, ..], unpacked, .. } = &mut *self.work;
-                let stage = &mut stage[..group.len()];
-                multiply(self.isa, panel.ty, panel.bytes, group, (unpacked, stage));
-                for (lanes, row) in stage.iter_mut().zip(group.first()..) {
+            let rows = group.len();
+            for run in self.weight.runs(self.store, self.panels.clone(), STAGE / rows) {
+                let Work { stages: [stage, _], unpacked } = &mut *self.work;
+                multiply(self.isa, run, group, (unpacked, stage));
+                for (panel, lanes) in run.panels().zip(stage.chunks_exact_mut(rows)) {
                     add_bias(self.weight, &panel, lanes);
-                    lanes[panel.rows..].fill(f32::NEG_INFINITY);
-                    if s.reduce_max(s.load(lanes)) > self.values[row] {
-                        for (value, i) in lanes.iter().zip(panel.first..) {
-                            if *value > self.values[row] {
-                                (self.values[row], self.indices[row]) = (*value, i as u32);
+                    for (lanes, row) in lanes.iter_mut().zip(group.first()..) {
+                        lanes[panel.rows..].fill(f32::NEG_INFINITY);
+                        if s.reduce_max(s.load(lanes)) > self.values[row] {
+                            for (value, i) in lanes.iter().zip(panel.first..) {
+                                if *value > self.values[row] {
+                                    (self.values[row], self.indices[row]) = (*value, i as u32);
+                                }
                             }
                         }
                     }
@@ -299,33 +311,34 @@ impl Kernel for GateUp<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let cols = self.weight.rows / 2;
-        let Work { stages, unpacked, .. } = self.work;
+        let Work { stages: [gates, ups], unpacked } = self.work;
         for group in Group::split(self.acts) {
-            for unit in self.units.clone() {
-                // Stages: gate, gate, up, up. The second panels of the last unit may not exist.
-                for (i, stage) in stages.iter_mut().enumerate() {
-                    if let Some(panel) = self.weight.part_panel(self.store, i / 2, unit * 2 + i % 2) {
-                        let stage = &mut stage[..group.len()];
-                        multiply(self.isa, panel.ty, panel.bytes, group, (unpacked, stage));
-                        for lanes in stage {
-                            add_bias(self.weight, &panel, lanes);
-                        }
+            let rows = group.len();
+            let panels = self.units.start * 2..(self.units.end * 2).min(self.weight.part_panels(0));
+            let runs = |part| self.weight.part_runs(self.store, part, panels.clone(), STAGE / (2 * rows) * 2);
+            for (gate, up) in runs(0).zip(runs(1)) {
+                for (run, stage) in [(gate, &mut *gates), (up, &mut *ups)] {
+                    multiply(self.isa, run, group, (unpacked, stage));
+                    for (panel, lanes) in run.panels().zip(stage.chunks_exact_mut(rows)) {
+                        add_bias(self.weight, &panel, lanes);
                     }
                 }
                 // In two passes, so that a row's long chain of dependent operations overlaps with those of the next rows.
-                let [gate_0, gate_1, up_0, up_1] = stages;
-                for (gate, up) in [(&mut *gate_0, &*up_0), (&mut *gate_1, &*up_1)] {
-                    for (gate, up) in gate[..group.len()].iter_mut().zip(&up[..group.len()]) {
-                        s.store(s.mul(gate_fn(s, self.f, s.load(gate)), s.load(up)), gate);
-                    }
+                for (gate, up) in gates.iter_mut().zip(ups.iter()).take(gate.len() * rows) {
+                    s.store(s.mul(gate_fn(s, self.f, s.load(gate)), s.load(up)), gate);
                 }
-                let cols = UNIT.min(cols - unit * UNIT);
-                for (row, (low, high)) in (group.first()..).zip(gate_0.iter().zip(&**gate_1)).take(group.len()) {
-                    let mut values = [0.0; UNIT];
-                    values[..LANES].copy_from_slice(low);
-                    values[LANES..].copy_from_slice(high);
-                    // SAFETY: each unit has columns of its own, and each unit is in one chunk.
-                    unsafe { self.out.write(s, row, unit * UNIT, &values[..cols]) };
+                for (unit, lanes) in gates[..gate.len() * rows].chunks(2 * rows).enumerate() {
+                    let first = gate.first() + unit * UNIT;
+                    // The last unit may have one panel: then the second half is not looked at.
+                    let (low, high) = lanes.split_at(rows);
+                    let high = if high.is_empty() { low } else { high };
+                    for (row, (low, high)) in (group.first()..).zip(low.iter().zip(high)) {
+                        let mut values = [0.0; UNIT];
+                        values[..LANES].copy_from_slice(low);
+                        values[LANES..].copy_from_slice(high);
+                        // SAFETY: each unit has columns of its own, and each unit is in one chunk.
+                        unsafe { self.out.write(s, row, first, &values[..UNIT.min(cols - first)]) };
+                    }
                 }
             }
         }

@@ -8,7 +8,7 @@
 //!
 //! Matrices follow each other in load order, which is the order of use: prefetching past the end of one reads the next.
 
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::PathBuf;
 
 use super::act::Form;
@@ -177,21 +177,58 @@ impl Part {
         self.rows.div_ceil(PANEL)
     }
 
-    fn panel<'a>(&self, store: &'a Store, index: usize) -> Panel<'a> {
-        let place = Place { offset: self.place.offset + index * self.panel_bytes, len: self.panel_bytes, ..self.place };
-        let row = index * PANEL;
-        Panel { ty: self.ty, bytes: store.bytes(place), first: self.first + row, rows: PANEL.min(self.rows - row) }
+    /// Panels `panels`, which this part has.
+    #[inline]
+    fn run<'a>(&self, store: &'a Store, panels: Range<usize>) -> Run<'a> {
+        let offset = self.place.offset + panels.start * self.panel_bytes;
+        let place = Place { offset, len: panels.len() * self.panel_bytes, ..self.place };
+        let row = panels.start * PANEL;
+        let rows = (panels.len() * PANEL).min(self.rows - row);
+        Run { ty: self.ty, bytes: store.bytes(place), panel_bytes: self.panel_bytes, first: self.first + row, rows }
     }
 }
 
-/// A panel of a packed matrix.
+/// Consecutive panels of one type.
 #[derive(Clone, Copy)]
-pub(super) struct Panel<'a> {
+pub(super) struct Run<'a> {
     pub(super) ty: WeightType,
     pub(super) bytes: &'a [u8],
-    /// Index of its first row within the matrix.
+    pub(super) panel_bytes: usize,
+    first: usize,
+    rows: usize,
+}
+
+impl<'a> Run<'a> {
+    /// One panel by itself.
+    #[cfg(test)]
+    pub(super) fn of_panel(ty: WeightType, bytes: &'a [u8]) -> Self {
+        Run { ty, bytes, panel_bytes: bytes.len(), first: 0, rows: PANEL }
+    }
+
+    /// Number of panels.
+    pub(super) fn len(&self) -> usize {
+        self.rows.div_ceil(PANEL)
+    }
+
+    /// Index of the first row within the matrix.
+    pub(super) fn first(&self) -> usize {
+        self.first
+    }
+
+    /// Which rows each panel holds.
+    #[inline]
+    pub(super) fn panels(&self) -> impl Iterator<Item = Panel> + use<> {
+        let Self { first, rows, .. } = *self;
+        (0..rows).step_by(PANEL).map(move |row| Panel { first: first + row, rows: PANEL.min(rows - row) })
+    }
+}
+
+/// Rows of a matrix that a panel holds.
+#[derive(Clone, Copy)]
+pub(super) struct Panel {
+    /// Index of the first one within the matrix.
     pub(super) first: usize,
-    /// Rows that are not padding.
+    /// Those that are not padding.
     pub(super) rows: usize,
 }
 
@@ -267,31 +304,51 @@ impl Linear {
         self.parts.iter().map(Part::panels).sum()
     }
 
-    /// Panel `index`, counted over all parts.
-    #[inline]
-    pub(super) fn panel<'a>(&self, store: &'a Store, mut index: usize) -> Panel<'a> {
-        let mut parts = self.parts.iter();
-        loop {
-            let part = parts.next().expect("the index is below `panels()`");
-            match index.checked_sub(part.panels()) {
-                None => return part.panel(store, index),
-                Some(rest) => index = rest,
-            }
-        }
+    /// Number of panels of a part.
+    pub(super) fn part_panels(&self, part: usize) -> usize {
+        self.parts[part].panels()
     }
 
-    /// Panel `index` of part `part`, if the part has that many.
+    /// The panels `panels`, counted over all parts, in runs of at most `most` that lie in one part.
     #[inline]
-    pub(super) fn part_panel<'a>(&self, store: &'a Store, part: usize, index: usize) -> Option<Panel<'a>> {
+    pub(super) fn runs<'a>(
+        &self,
+        store: &'a Store,
+        panels: Range<usize>,
+        most: usize,
+    ) -> impl Iterator<Item = Run<'a>> {
+        let starts = self.parts.iter().scan(0, |next, part| {
+            let start = *next;
+            *next += part.panels();
+            Some(start)
+        });
+        self.parts.iter().zip(starts).enumerate().flat_map(move |(i, (part, start))| {
+            let end = start + part.panels();
+            let within = panels.start.clamp(start, end) - start..panels.end.clamp(start, end) - start;
+            self.part_runs(store, i, within, most)
+        })
+    }
+
+    /// The panels `panels` of part `part` in runs of at most `most`.
+    #[inline]
+    pub(super) fn part_runs<'a>(
+        &self,
+        store: &'a Store,
+        part: usize,
+        panels: Range<usize>,
+        most: usize,
+    ) -> impl Iterator<Item = Run<'a>> {
         let part = &self.parts[part];
-        (index < part.panels()).then(|| part.panel(store, index))
+        let end = panels.end;
+        panels.step_by(most).map(move |first| part.run(store, first..end.min(first + most)))
     }
 
     /// The panel that holds `row`, and the row's lane in it.
-    pub(super) fn locate<'a>(&self, store: &'a Store, row: usize) -> (Panel<'a>, usize) {
+    pub(super) fn locate<'a>(&self, store: &'a Store, row: usize) -> (Run<'a>, usize) {
         let part = self.parts.iter().rfind(|part| part.first <= row).expect("the first part starts at row 0");
         let row = row - part.first;
-        (part.panel(store, row / PANEL), row % PANEL)
+        let panel = row / PANEL;
+        (part.run(store, panel..panel + 1), row % PANEL)
     }
 }
 

@@ -38,7 +38,7 @@ use crate::format::pack::{Codes, IQ4_CODES, PANEL, Packed, Scales, Word, Zero, Z
 use crate::memory::{Plain, cast, cast_mut};
 
 /// From this many rows on, a panel is unpacked before it is used.
-const UNPACK_ROWS: usize = 24;
+const UNPACK_ROWS: usize = 12;
 
 /// Rows of a vector.
 const EIGHT: usize = 8;

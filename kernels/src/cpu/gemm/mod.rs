@@ -1,7 +1,7 @@
 //! Matrix products: one panel of 16 output rows against many rows of activations.
 //!
 //! ```text
-//!   multiply(panel, rows)          16 outputs of each row, into a small stage [rows][16]
+//!   multiply(run of panels, rows)  16 outputs of each row and panel, into a small stage [panels][rows][16]
 //!     │ blocks                        │ floats
 //!   IntDot::panel                    float::panel
 //!     └─ tiles of 1, 2, 4 or 8 rows share each load of the panel
@@ -38,6 +38,7 @@ mod tests;
 use super::act::{ActReader, Tile, tiles};
 use super::isa::Isa;
 use super::simd::{Kernel, Simd, dispatch, prefetch_line};
+use super::weights::Run;
 use crate::WeightType;
 use crate::format::ggml::BLOCK;
 use crate::format::pack::{ForPacked, PANEL, Packed, for_packed};
@@ -151,15 +152,14 @@ fn exact<T: Plain, const N: usize>(slice: &mut [T]) -> &mut [T; N] {
     slice.try_into().expect("the slice was cut to the tile's length")
 }
 
-/// Multiplies a packed panel with all rows of a group; `out` has one entry for each.
-pub(super) fn multiply(isa: Isa, ty: WeightType, panel: &[u8], rows: Group<'_>, to: (&mut [u8], &mut [Lanes])) {
+/// Multiplies packed panels with all rows of a group; `out` has room for an entry for each panel and row, panel by panel.
+pub(super) fn multiply(isa: Isa, run: Run<'_>, rows: Group<'_>, to: (&mut [u8], &mut [Lanes])) {
     let (scratch, out) = to;
-    dispatch(isa, Multiply { ty, panel, rows, scratch, out });
+    dispatch(isa, Multiply { run, rows, scratch, out });
 }
 
 struct Multiply<'a> {
-    ty: WeightType,
-    panel: &'a [u8],
+    run: Run<'a>,
     rows: Group<'a>,
     scratch: &'a mut [u8],
     out: &'a mut [Lanes],
@@ -170,21 +170,28 @@ impl Kernel for Multiply<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { ty, panel, rows, scratch, out } = self;
-        match ty {
-            WeightType::F32 => float::panel(s, cast::<float::AsF32>(panel), rows, out),
-            WeightType::F16 => float::panel(s, cast::<float::AsF16>(panel), rows, out),
-            WeightType::Bf16 => float::panel(s, cast::<float::AsBf16>(panel), rows, out),
-            _ => {
-                for_packed(ty, Blocks { s, panel, rows, scratch, out });
+        let Self { run, rows, scratch, out } = self;
+        match run.ty {
+            WeightType::F32 => floats::<S, float::AsF32>(s, run, rows, out),
+            WeightType::F16 => floats::<S, float::AsF16>(s, run, rows, out),
+            WeightType::Bf16 => floats::<S, float::AsBf16>(s, run, rows, out),
+            ty => {
+                for_packed(ty, Blocks { s, run, rows, scratch, out });
             }
         }
     }
 }
 
+#[inline(always)]
+fn floats<S: Simd, C: float::Column>(s: S, run: Run<'_>, rows: Group<'_>, out: &mut [Lanes]) {
+    for (panel, out) in run.bytes.chunks_exact(run.panel_bytes).zip(out.chunks_exact_mut(rows.len())) {
+        float::panel(s, cast::<C>(panel), rows, out);
+    }
+}
+
 struct Blocks<'a, S> {
     s: S,
-    panel: &'a [u8],
+    run: Run<'a>,
     rows: Group<'a>,
     scratch: &'a mut [u8],
     out: &'a mut [Lanes],
@@ -195,6 +202,10 @@ impl<S: Simd> ForPacked for Blocks<'_, S> {
 
     #[inline(always)]
     fn run<B: Packed>(self) {
-        self.s.panel(cast::<B>(self.panel), self.rows, self.scratch, self.out);
+        let Self { s, run, rows, scratch, out } = self;
+        let units = cast::<B>(run.bytes);
+        for (panel, out) in units.chunks_exact(run.panel_bytes / size_of::<B>()).zip(out.chunks_exact_mut(rows.len())) {
+            s.panel(panel, rows, scratch, out);
+        }
     }
 }

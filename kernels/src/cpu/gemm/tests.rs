@@ -8,6 +8,7 @@ use crate::cpu::act::{Act, Form};
 use crate::cpu::isa::Isa;
 use crate::cpu::products::{scratch_bytes, tile_rows};
 use crate::cpu::simd::{Kernel, Simd, dispatch};
+use crate::cpu::weights::Run;
 use crate::format::ggml::BLOCK;
 use crate::format::pack::{PANEL, pack_panel, panel_bytes, panel_row};
 use crate::memory::Arena;
@@ -95,7 +96,7 @@ fn product(isa: Isa, ty: WeightType, panel: &[u8], x: &[Vec<f32>]) -> Vec<Lanes>
     let mut out = vec![[f32::NAN; PANEL]; x.len()];
     for group in Group::split(acts) {
         let out = &mut out[group.first()..][..group.len()];
-        multiply(isa, ty, panel, group, (&mut scratch, out));
+        multiply(isa, Run::of_panel(ty, panel), group, (&mut scratch, out));
     }
     out
 }
