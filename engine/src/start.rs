@@ -1,10 +1,11 @@
 //! From a loaded model to a running engine.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread;
 
-use cupola_kernels::cpu::{CpuBackend, CpuConfig};
+use cupola_kernels::cpu::{CpuBackend, CpuConfig, checksum};
 use cupola_models::{Decoder, DecoderLimits, Model};
 
 use crate::detokenizer::TokenText;
@@ -45,10 +46,22 @@ impl Engine {
             kv_type: config.kv_cache_type,
             max_model_len: plan.max_model_len,
         };
-        let backend = CpuBackend::new(cpu)?;
+        let mut backend = CpuBackend::new(cpu)?;
+        if let Some(folder) = &config.packed_cache {
+            let path = packed_file(folder, model);
+            match backend.use_packed_file(path.clone(), model.weights.fingerprint()?) {
+                Ok(()) => tracing::info!(path = %path.display(), "packed weights mapped"),
+                Err(why) => {
+                    tracing::info!(path = %path.display(), why, "weights are packed, and kept for the next start")
+                }
+            }
+        }
         let decoder = Decoder::load(model, Box::new(backend), limits, &mut |layer, layers| {
             tracing::trace!(layer, layers, "weights packed");
         })?;
+        if let Some(error) = decoder.unsaved() {
+            tracing::warn!(%error, "the next start will pack the weights again");
+        }
         tracing::info!(backend = decoder.describe_backend(), bytes = decoder.allocated_bytes(), "model loaded");
         let setup = EngineSetup { text: Arc::new(model.tokenizer.clone()), eos: model.info.eos_tokens.clone(), plan };
         Self::start(Box::new(decoder), setup, config)
@@ -93,4 +106,12 @@ impl Engine {
             .map_err(Error::Thread)?;
         Ok(EngineHandle::new(shared, commands, thread))
     }
+}
+
+/// Where a folder keeps the packed weights of a model: by the name of its file, and a number for the place that it is at.
+fn packed_file(folder: &Path, model: &Model) -> PathBuf {
+    let path = &model.info.path;
+    let place = std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+    let name = path.file_stem().unwrap_or_default().to_string_lossy();
+    folder.join(format!("{name}-{:016x}.packed", checksum(place.to_string_lossy().as_bytes())))
 }
