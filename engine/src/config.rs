@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use cupola_kernels::KvType;
+
 use crate::Error;
 
 /// Limits of one engine. `Default` suits a CPU.
@@ -16,6 +18,8 @@ pub struct EngineConfig {
     pub max_model_len: Option<usize>,
     /// Bytes of the key/value pool; absent: see [`crate::plan`].
     pub kv_cache_bytes: Option<u64>,
+    /// What keys and values are stored as.
+    pub kv_cache_type: KvType,
     /// Most requests that wait, in the queue or before it with a [`crate::Permit`].
     pub max_queued_requests: usize,
     /// Most prompt tokens that wait; a single request is let through whatever its length.
@@ -35,6 +39,7 @@ impl Default for EngineConfig {
             max_num_batched_tokens: 512,
             max_model_len: None,
             kv_cache_bytes: None,
+            kv_cache_type: KvType::default(),
             max_queued_requests: 4 * 256,
             max_queued_tokens: 1 << 18,
             enable_prefix_caching: true,

@@ -66,11 +66,12 @@ pub fn plan(model: &Model, config: &EngineConfig) -> Result<MemoryPlan, Error> {
     let limits = DecoderLimits {
         max_batch_tokens: config.max_num_batched_tokens,
         kv_blocks: 0,
+        kv_type: config.kv_cache_type,
         max_model_len: config.max_model_len.unwrap_or(spec.max_positions),
     };
     let facts = ModelFacts {
         weights_bytes: model.info.packed_bytes,
-        kv: spec.kv_layout(),
+        kv: spec.kv_layout(config.kv_cache_type),
         max_positions: spec.max_positions,
         arena_bytes: limits.arena_bytes(spec),
     };
@@ -183,13 +184,15 @@ impl fmt::Display for Bytes {
 
 #[cfg(test)]
 mod tests {
+    use cupola_kernels::KvType;
+
     use super::*;
 
     const GIB: u64 = 1 << 30;
 
     /// The shape of a 135-million-parameter Llama.
     fn facts() -> ModelFacts {
-        let kv = KvLayout { layers: 30, kv_heads: 3, head_dim: 64 };
+        let kv = KvLayout { layers: 30, kv_heads: 3, head_dim: 64, ty: KvType::F16 };
         ModelFacts { weights_bytes: 98 << 20, kv, max_positions: 8192, arena_bytes: 16 << 20 }
     }
 
@@ -233,6 +236,17 @@ mod tests {
             EngineConfig { kv_cache_bytes: Some(1 << 20), max_model_len: Some(512), ..EngineConfig::default() };
         let error = plan_memory(&facts(), &config, Some(16 * GIB)).expect_err("small pool").to_string();
         assert!(error.contains("max_model_len to at most 32"), "{error}");
+    }
+
+    #[test]
+    fn bytes_hold_nearly_twice_as_many_tokens_as_halves() {
+        let config = EngineConfig { kv_cache_bytes: Some(64 << 20), ..EngineConfig::default() };
+        let tokens = |ty| {
+            let facts = ModelFacts { kv: KvLayout { ty, ..facts().kv }, ..facts() };
+            plan_memory(&facts, &config, Some(16 * GIB)).expect("fits").kv_tokens as f64
+        };
+        let ratio = tokens(KvType::Int8) / tokens(KvType::F16);
+        assert!((1.87..1.89).contains(&ratio), "64 bytes and a scale of 4 for each 128 bytes: {ratio}");
     }
 
     #[test]

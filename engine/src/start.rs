@@ -43,6 +43,7 @@ impl Engine {
         let limits = DecoderLimits {
             max_batch_tokens: config.max_num_batched_tokens,
             kv_blocks: plan.kv_blocks,
+            kv_type: config.kv_cache_type,
             max_model_len: plan.max_model_len,
         };
         let mut backend = CpuBackend::new(cpu)?;

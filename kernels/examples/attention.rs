@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use cupola_kernels::cpu::{CpuBackend, CpuConfig, default_threads};
 use cupola_kernels::kv::blocks_for;
 use cupola_kernels::{
-    ActId, Attention, Backend, BlockId, BufferId, HeadShape, KvId, KvLayout, LinearId, PartOrder, Result, RopeId,
-    RopePairs, RopeStore, SeqSpan, WeightPart, WeightType,
+    ActId, Attention, Backend, BlockId, BufferId, HeadShape, KvId, KvLayout, KvType, LinearId, PartOrder, Result,
+    RopeId, RopePairs, RopeStore, SeqSpan, WeightPart, WeightType,
 };
 
 const LAYERS: usize = 30;
@@ -105,7 +105,7 @@ impl Step {
         let consumer = backend.load_linear(&[part], PartOrder::Concat, None)?;
         let inv_freq: Vec<_> = (0..32).map(|i| 100_000_f64.powf(-f64::from(i) / 32.0)).collect();
         let rope = backend.load_rope(&inv_freq, 1.0, 4096)?;
-        let layout = KvLayout { layers: LAYERS, kv_heads: SHAPE.kv_heads, head_dim: SHAPE.head_dim };
+        let layout = KvLayout { layers: LAYERS, kv_heads: SHAPE.kv_heads, head_dim: SHAPE.head_dim, ty: KvType::F16 };
         let kv = backend.alloc_kv(layout, blocks + 8)?;
         let qkv = backend.alloc_buffer(rows, SHAPE.qkv_cols())?;
         let out = backend.alloc_act(rows, cols)?;

@@ -12,7 +12,7 @@ use std::time::Instant;
 use cupola_kernels::cpu::{CpuBackend, CpuConfig, default_threads};
 use cupola_kernels::kv::blocks_for;
 use cupola_kernels::{
-    Attention, Backend, BlockId, Epilogue, GateFn, HeadShape, KvLayout, LinearId, PartOrder, Result, RopePairs,
+    Attention, Backend, BlockId, Epilogue, GateFn, HeadShape, KvLayout, KvType, LinearId, PartOrder, Result, RopePairs,
     RopeStore, Rows, SeqSpan, WeightPart, WeightType,
 };
 
@@ -90,7 +90,8 @@ fn step(backend: &mut CpuBackend, rows: usize, batch: usize, context: usize) -> 
     let hidden = backend.alloc_act(rows, FFN)?;
     let each = rows / batch;
     let blocks = blocks_for(context + each);
-    let kv = backend.alloc_kv(KvLayout { layers: LAYERS, kv_heads: 3, head_dim: 64 }, blocks * batch)?;
+    let kv =
+        backend.alloc_kv(KvLayout { layers: LAYERS, kv_heads: 3, head_dim: 64, ty: KvType::F16 }, blocks * batch)?;
     let spans: Vec<_> = (0..batch)
         .map(|i| SeqSpan {
             row0: (i * each) as u32,

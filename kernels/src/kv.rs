@@ -2,11 +2,13 @@
 //!
 //! ```text
 //!   pool    [block][layer]                      one (block, layer) is contiguous
-//!   block   [kv head][ K: group of 16 positions x dim x 16 | V: position x dim ]     f16
+//!   block   [kv head][ K: group of 16 positions x dim x 16 | V: position x dim ]                 f16
+//!           [kv head][ f32 scales of 32 keys, of 32 values | K | V, in the same order ]          int8
 //! ```
 //!
 //! Keys are stored transposed in groups of 16 positions, so that 16 scores come out of one vector without horizontal
-//! sums; values are stored position by position.
+//! sums; values are stored position by position. As int8, a key or value of one head and position is `scale * q` with
+//! `scale = max|x| / 127`.
 
 /// Index of a block in the pool; the same in every layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -20,6 +22,30 @@ pub const fn blocks_for(tokens: usize) -> usize {
     tokens.div_ceil(BLOCK_SIZE)
 }
 
+/// What keys and values are stored as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KvType {
+    /// IEEE halves.
+    #[default]
+    F16,
+    /// Bytes with one scale for each key and each value of a head: a little more than half the memory and half the bytes
+    /// that a long context reads, for a relative rounding error of up to 1/254 of the largest element.
+    Int8,
+}
+
+impl KvType {
+    /// Name for people.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F16 => "f16",
+            Self::Int8 => "int8",
+        }
+    }
+}
+
+/// Words (u16) of the scales in one head's part of an int8 block.
+pub(crate) const SCALE_WORDS: usize = 2 * BLOCK_SIZE * size_of::<f32>() / size_of::<u16>();
+
 /// Shape of a key/value pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvLayout {
@@ -29,28 +55,38 @@ pub struct KvLayout {
     pub kv_heads: usize,
     /// Dimensions of a head.
     pub head_dim: usize,
+    /// What its elements are.
+    pub ty: KvType,
 }
 
 impl KvLayout {
-    /// f16 values of one block in one layer.
-    pub fn block_elements(&self) -> usize {
-        2 * self.kv_heads * self.head_dim * BLOCK_SIZE
+    /// Words (u16) of one head in one block and layer.
+    pub fn head_words(&self) -> usize {
+        match self.ty {
+            KvType::F16 => 2 * self.head_dim * BLOCK_SIZE,
+            KvType::Int8 => SCALE_WORDS + self.head_dim * BLOCK_SIZE,
+        }
     }
 
-    /// Where a block of a layer starts, in f16 values. All layers of a block lie together, so that a pool of which few
+    /// Words (u16) of one block in one layer.
+    pub fn block_words(&self) -> usize {
+        self.kv_heads * self.head_words()
+    }
+
+    /// Where a block of a layer starts, in words. All layers of a block lie together, so that a pool of which few
     /// blocks were ever used holds few pages.
     pub fn offset(&self, block: BlockId, layer: usize) -> usize {
-        (block.0 as usize * self.layers + layer) * self.block_elements()
+        (block.0 as usize * self.layers + layer) * self.block_words()
     }
 
-    /// Blocks in a pool of this many f16 values.
-    pub fn blocks_in(&self, values: usize) -> usize {
-        values / (self.layers * self.block_elements()).max(1)
+    /// Blocks in a pool of this many words.
+    pub fn blocks_in(&self, words: usize) -> usize {
+        words / (self.layers * self.block_words()).max(1)
     }
 
     /// Bytes of one block over all layers.
     pub fn block_bytes(&self) -> usize {
-        self.layers * self.block_elements() * size_of::<u16>()
+        self.layers * self.block_words() * size_of::<u16>()
     }
 
     /// Bytes of one token over all layers.

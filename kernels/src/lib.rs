@@ -26,7 +26,7 @@ pub mod testing;
 
 pub use error::{Error, Result};
 pub use format::WeightType;
-pub use kv::{BlockId, KvLayout, SeqSpan};
+pub use kv::{BlockId, KvLayout, KvType, SeqSpan};
 
 /// Handle of an f32 arena of shape `[rows, cols]`, row-major.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

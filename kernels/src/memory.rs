@@ -205,24 +205,28 @@ impl<'a, T: Plain> SharedMut<'a, T> {
     }
 }
 
-/// Views bytes as blocks of `T`.
+/// Views bytes, or other values, as values of `T`.
 ///
 /// # Panics
-/// When `bytes` is not aligned for `T` or not a whole number of them.
-pub(crate) fn cast<T: Plain>(bytes: &[u8]) -> &[T] {
-    assert!(bytes.as_ptr().addr().is_multiple_of(align_of::<T>()) && bytes.len().is_multiple_of(size_of::<T>()));
+/// When `values` are not aligned for `T` or not a whole number of them.
+#[inline]
+pub(crate) fn cast<T: Plain>(values: &[impl Plain]) -> &[T] {
+    let bytes = size_of_val(values);
+    assert!(values.as_ptr().addr().is_multiple_of(align_of::<T>()) && bytes.is_multiple_of(size_of::<T>()));
     // SAFETY: alignment and length were just checked, and every bit pattern is a valid `Plain` value.
-    unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len() / size_of::<T>()) }
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), bytes / size_of::<T>()) }
 }
 
 /// As [`cast`], for writing.
 ///
 /// # Panics
-/// When `bytes` is not aligned for `T` or not a whole number of them.
-pub(crate) fn cast_mut<T: Plain>(bytes: &mut [u8]) -> &mut [T] {
-    assert!(bytes.as_ptr().addr().is_multiple_of(align_of::<T>()) && bytes.len().is_multiple_of(size_of::<T>()));
+/// When `values` are not aligned for `T` or not a whole number of them.
+#[inline]
+pub(crate) fn cast_mut<T: Plain>(values: &mut [impl Plain]) -> &mut [T] {
+    let bytes = size_of_val(values);
+    assert!(values.as_ptr().addr().is_multiple_of(align_of::<T>()) && bytes.is_multiple_of(size_of::<T>()));
     // SAFETY: alignment and length were just checked; `Plain` values have no padding and any bit pattern is valid.
-    unsafe { std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast(), bytes.len() / size_of::<T>()) }
+    unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), bytes / size_of::<T>()) }
 }
 
 /// A read-only file in memory.

@@ -9,7 +9,7 @@
 //! All arenas are allocated in [`Decoder::load`] from [`DecoderLimits`]; a forward pass allocates nothing.
 
 use cupola_kernels::{
-    ActId, Attention, Backend, BlockId, BufferId, Epilogue, KvId, LinearId, PartOrder, RopeId, RopeStore, Rows,
+    ActId, Attention, Backend, BlockId, BufferId, Epilogue, KvId, KvType, LinearId, PartOrder, RopeId, RopeStore, Rows,
     SeqSpan, VectorId,
 };
 
@@ -29,6 +29,8 @@ pub struct DecoderLimits {
     pub max_batch_tokens: usize,
     /// Blocks of the key/value pool.
     pub kv_blocks: usize,
+    /// What keys and values are stored as.
+    pub kv_type: KvType,
     /// Longest sequence, in tokens.
     pub max_model_len: usize,
 }
@@ -133,7 +135,7 @@ impl Decoder {
             Some(sliding) => Some(backend.load_rope(&sliding.rope.inv_freq, sliding.rope.scale, positions)?),
             None => None,
         };
-        let kv = backend.alloc_kv(spec.kv_layout(), limits.kv_blocks)?;
+        let kv = backend.alloc_kv(spec.kv_layout(limits.kv_type), limits.kv_blocks)?;
         let arenas = Arenas::alloc(&spec, &limits, backend.as_mut())?;
         Ok(Self {
             spec,

@@ -3,7 +3,7 @@
 //! A model family is a function from its metadata to a [`DecoderSpec`]; the one forward pass in `decoder.rs` reads
 //! nothing else.
 
-use cupola_kernels::{GateFn, HeadShape, KvLayout, RopePairs};
+use cupola_kernels::{GateFn, HeadShape, KvLayout, KvType, RopePairs};
 
 /// Shape and variations of a decoder.
 #[derive(Clone, Debug, PartialEq)]
@@ -118,7 +118,7 @@ impl TensorNames {
 
 impl DecoderSpec {
     /// Shape of this decoder's key/value pool.
-    pub fn kv_layout(&self) -> KvLayout {
-        KvLayout { layers: self.layers, kv_heads: self.heads.kv_heads, head_dim: self.heads.head_dim }
+    pub fn kv_layout(&self, ty: KvType) -> KvLayout {
+        KvLayout { layers: self.layers, kv_heads: self.heads.kv_heads, head_dim: self.heads.head_dim, ty }
     }
 }

@@ -120,7 +120,7 @@ fn preemption_does_not_change_an_answer() {
     let requests = requests(&model, 12);
     let expected = alone(&model, &requests);
     // Room for one sequence of full length and little more, so that running ones must give way.
-    let bytes = model.spec.kv_layout().token_bytes() as u64 * 1152;
+    let bytes = model.spec.kv_layout(cupola_kernels::KvType::F16).token_bytes() as u64 * 1152;
     let engine = start(&model, EngineConfig { kv_cache_bytes: Some(bytes), ..config() });
     assert_eq!(together(&engine, &requests, 12), expected);
     assert!(engine.metrics().preemptions.get() > 0, "the pool was small enough to preempt");

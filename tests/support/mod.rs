@@ -5,9 +5,9 @@ pub(crate) mod server;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-use cupola_kernels::BlockId;
 use cupola_kernels::cpu::{CpuBackend, CpuConfig};
 use cupola_kernels::kv::blocks_for;
+use cupola_kernels::{BlockId, KvType};
 use cupola_models::decoder::{Decoder, DecoderLimits};
 use cupola_models::hub::{Hub, Progress};
 use cupola_models::{Batch, Model};
@@ -65,7 +65,12 @@ impl Progress for Quiet {
 pub(crate) fn decoder_logits(model: &Model, tokens: &[u32]) -> Vec<Vec<f32>> {
     let backend = CpuBackend::new(CpuConfig::default()).expect("a CPU backend");
     let blocks = blocks_for(tokens.len());
-    let limits = DecoderLimits { max_batch_tokens: tokens.len(), kv_blocks: blocks, max_model_len: tokens.len() };
+    let limits = DecoderLimits {
+        max_batch_tokens: tokens.len(),
+        kv_blocks: blocks,
+        kv_type: KvType::F16,
+        max_model_len: tokens.len(),
+    };
     let mut decoder = Decoder::load(model, Box::new(backend), limits, &mut |_, _| ()).expect("the model loads");
     let mut batch = Batch::default();
     let table: Vec<BlockId> = (0..u32::try_from(blocks).expect("few blocks")).map(BlockId).collect();

@@ -6,7 +6,7 @@
 //!     │             ├── norm       rms_norm, rms_norm_add
 //!     │             ├── rope       rotation, writing keys and values
 //!     │             └── attention  over the paged pool
-//!     └── arenas    buffers (f32) · acts (int8 and/or f32) · weights (packed) · pools (f16)
+//!     └── arenas    buffers (f32) · acts (int8 and/or f32) · weights (packed) · pools (f16 or int8)
 //! ```
 //!
 //! One thread calls; each op shares its work out to the pool and returns when it is done. Nothing runs between calls.
@@ -248,7 +248,7 @@ impl Backend for CpuBackend {
     }
 
     fn alloc_kv(&mut self, layout: KvLayout, num_blocks: usize) -> Result<KvId> {
-        let block = layout.block_elements().saturating_mul(layout.layers);
+        let block = layout.block_words().saturating_mul(layout.layers);
         let values = Arena::zeroed(block.saturating_mul(num_blocks), "the key/value pool")?;
         self.attention.push(AttentionScratch::new(self.machine.pool.threads(), layout.head_dim)?);
         let id = KvId(next_id(&self.pools));

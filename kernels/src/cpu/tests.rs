@@ -3,7 +3,7 @@
 use half::f16;
 
 use super::*;
-use crate::{BlockId, HeadShape, RopePairs, SeqSpan, WeightType};
+use crate::{BlockId, HeadShape, KvType, RopePairs, SeqSpan, WeightType};
 
 fn backends() -> impl Iterator<Item = CpuBackend> {
     let configs = Isa::available().into_iter().flat_map(|isa| [1, 2, 5].map(|threads| (isa, threads)));
@@ -246,7 +246,7 @@ fn layer(backend: &mut CpuBackend, order: &[usize]) -> Vec<Vec<f32>> {
     let norm = backend.load_vector(&vec![0.5; hidden]).unwrap();
     let frequencies: Vec<f64> = (0..16).map(|i| 0.5f64.powi(i)).collect();
     let rope = backend.load_rope(&frequencies, 1.0, 64).unwrap();
-    let layout = KvLayout { layers: 3, kv_heads: 2, head_dim: 32 };
+    let layout = KvLayout { layers: 3, kv_heads: 2, head_dim: 32, ty: KvType::F16 };
     let kv = backend.alloc_kv(layout, rows).unwrap();
     let x = backend.alloc_buffer(rows, hidden).unwrap();
     let qkv = backend.alloc_buffer(rows, shape.qkv_cols()).unwrap();

@@ -11,7 +11,7 @@
 use std::sync::Mutex;
 
 use cupola_kernels::kv::blocks_for;
-use cupola_kernels::{Backend, BlockId};
+use cupola_kernels::{Backend, BlockId, KvType};
 use cupola_models::decoder::{Decoder, DecoderLimits};
 use cupola_models::{Batch, Model};
 
@@ -48,7 +48,7 @@ impl Perplexity {
     }
 }
 
-/// Scores `tokens` in windows of `context`, at least 4; `bos` takes the first place of each. `watch` is called after each
+/// Scores `tokens` in windows of `context`, at least 4, with keys and values stored as `kv_type`; `bos` takes the first place of each. `watch` is called after each
 /// window with what there is so far. `None` when the text does not fill one window.
 ///
 /// # Errors
@@ -57,11 +57,12 @@ pub fn measure(
     model: &Model,
     backend: Box<dyn Backend>,
     (tokens, bos): (&[u32], Option<u32>),
-    context: usize,
+    (context, kv_type): (usize, KvType),
     watch: &mut dyn FnMut(&Perplexity, usize),
 ) -> cupola_models::Result<Option<Perplexity>> {
     let blocks = blocks_for(context);
-    let limits = DecoderLimits { max_batch_tokens: CHUNK.min(context), kv_blocks: blocks, max_model_len: context };
+    let limits =
+        DecoderLimits { max_batch_tokens: CHUNK.min(context), kv_blocks: blocks, kv_type, max_model_len: context };
     let mut decoder = Decoder::load(model, backend, limits, &mut |_, _| {})?;
     let table: Vec<BlockId> = (0..).map(BlockId).take(blocks).collect();
     let mut total = Perplexity { windows: 0, scored: 0, nats: 0.0, squares: 0.0 };
@@ -119,7 +120,8 @@ mod tests {
     /// The same, one token of one window at a time.
     fn plainly(model: &Model, backend: Box<dyn Backend>, window: &[u32]) -> f64 {
         let blocks = blocks_for(window.len());
-        let limits = DecoderLimits { max_batch_tokens: 1, kv_blocks: blocks, max_model_len: window.len() };
+        let limits =
+            DecoderLimits { max_batch_tokens: 1, kv_blocks: blocks, kv_type: KvType::F16, max_model_len: window.len() };
         let mut decoder = Decoder::load(model, backend, limits, &mut |_, _| {}).unwrap();
         let table: Vec<BlockId> = (0..).map(BlockId).take(blocks).collect();
         let sum = Mutex::new(0.0);
@@ -147,14 +149,15 @@ mod tests {
         let backend = || Box::new(CpuBackend::new(CpuConfig { threads: Some(2), ..CpuConfig::default() }).unwrap());
         let tokens: Vec<u32> = (0..100).map(|i| (i * 7 + i * i % 11) % model.spec.vocab as u32).collect();
         let mut seen = 0;
-        let got = measure(&model, backend(), (&tokens, Some(1)), 40, &mut |_, _| seen += 1).unwrap().unwrap();
+        let got =
+            measure(&model, backend(), (&tokens, Some(1)), (40, KvType::F16), &mut |_, _| seen += 1).unwrap().unwrap();
         assert_eq!((got.windows, got.scored, seen), (2, 2 * 19, 2), "the rest is left out");
         let expected: f64 = [&tokens[..40], &tokens[40..80]]
             .into_iter()
             .map(|window| plainly(&model, backend(), &[&[1], &window[1..]].concat()))
             .sum();
         assert!((got.nats - expected).abs() < 1e-9 * expected, "{} {expected}", got.nats);
-        assert!(measure(&model, backend(), (&tokens, None), 101, &mut |_, _| ()).unwrap().is_none());
+        assert!(measure(&model, backend(), (&tokens, None), (101, KvType::F16), &mut |_, _| ()).unwrap().is_none());
     }
 
     #[test]

@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use super::compare::{self, CompareCommand, PlotArgs};
 use super::date::Utc;
-use super::engine_args::{DEFAULT_MODEL, open};
+use super::engine_args::{DEFAULT_MODEL, KvCacheDtype, open};
 use super::error::Error;
 use super::perplexity::{self, PerplexityArgs};
 use crate::bench::kernel::{self, table};
@@ -414,6 +414,9 @@ pub(crate) struct KernelArgs {
     model: String,
     #[command(flatten)]
     shapes: ShapeArgs,
+    /// What keys and values are stored as
+    #[arg(long, value_enum, default_value_t)]
+    kv_cache_dtype: KvCacheDtype,
     /// Most prompt tokens of one forward pass
     #[arg(long, visible_alias = "ubatch-size", default_value = "512", value_name = "TOKENS", value_parser = at_least_one)]
     chunk: usize,
@@ -484,6 +487,7 @@ fn bench_kernel(args: &KernelArgs, out: &mut dyn Write) -> Result<(), Error> {
         batches: args.shapes.batch.clone(),
         repetitions: args.repetitions,
         chunk: args.chunk,
+        kv_type: args.kv_cache_dtype.into(),
     };
     if options.tests().is_empty() {
         return Err(Error::Usage("nothing to measure: -p and -n are both 0".to_owned()));

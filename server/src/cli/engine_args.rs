@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use cupola_engine::EngineConfig;
+use cupola_kernels::KvType;
 use cupola_kernels::cpu::CpuConfig;
 use cupola_models::hub::{Hub, ModelRef, Resolved};
 use cupola_models::{ChatTemplate, Model};
@@ -14,6 +15,27 @@ use super::size::Bytes;
 
 /// The model of a command that is given none.
 pub(crate) const DEFAULT_MODEL: &str = "smollm2-135m-instruct";
+
+/// What keys and values are stored as.
+#[derive(ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum KvCacheDtype {
+    /// What the device is best at: f16 on a CPU
+    #[default]
+    Auto,
+    /// IEEE halves
+    F16,
+    /// Bytes, with one scale for each key and each value of a head
+    Int8,
+}
+
+impl From<KvCacheDtype> for KvType {
+    fn from(dtype: KvCacheDtype) -> Self {
+        match dtype {
+            KvCacheDtype::Auto | KvCacheDtype::F16 => KvType::F16,
+            KvCacheDtype::Int8 => KvType::Int8,
+        }
+    }
+}
 
 /// Limits of the engine.
 #[derive(Args, Clone, Debug, Default)]
@@ -31,6 +53,9 @@ pub(crate) struct EngineArgs {
     /// Memory of the key/value cache, such as 512M or 2GiB [default: part of what is free]
     #[arg(long, value_name = "SIZE", alias = "kv-cache-memory-bytes")]
     kv_cache_memory: Option<Bytes>,
+    /// What keys and values are stored as; int8 holds nearly twice as many tokens, at a small loss of precision
+    #[arg(long, value_enum, default_value_t)]
+    kv_cache_dtype: KvCacheDtype,
     /// Most requests that wait; more are answered 429 [default: 4 times --max-num-seqs]
     #[arg(long, value_name = "N", alias = "max-num-queued-reqs", value_parser = clap::value_parser!(u32).range(1..))]
     max_queued_requests: Option<u32>,
@@ -62,6 +87,7 @@ impl EngineArgs {
             max_num_batched_tokens: or(self.max_num_batched_tokens, default.max_num_batched_tokens),
             max_model_len: self.max_model_len.map(|n| n as usize),
             kv_cache_bytes: self.kv_cache_memory.map(|bytes| bytes.0),
+            kv_cache_type: self.kv_cache_dtype.into(),
             max_queued_requests: or(self.max_queued_requests, 4 * max_num_seqs),
             packed_cache: self.packed_cache.clone(),
             enable_prefix_caching: self.enable_prefix_caching || !self.no_enable_prefix_caching,

@@ -7,7 +7,7 @@ use clap::Args;
 use cupola_kernels::cpu::{CpuBackend, CpuConfig};
 use serde_json::json;
 
-use super::engine_args::{DEFAULT_MODEL, open};
+use super::engine_args::{DEFAULT_MODEL, KvCacheDtype, open};
 use super::error::Error;
 use crate::bench::perplexity::{Perplexity, measure};
 
@@ -28,6 +28,9 @@ pub(crate) struct PerplexityArgs {
     /// Tokens of a window
     #[arg(long, short = 'c', visible_alias = "ctx-size", default_value_t = 512, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(4..))]
     context: u32,
+    /// What keys and values are stored as
+    #[arg(long, value_enum, default_value_t)]
+    kv_cache_dtype: KvCacheDtype,
     /// Worker threads [default: one a physical core this process may use]
     #[arg(long, short = 't', value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
@@ -55,7 +58,9 @@ pub(super) fn run(args: &PerplexityArgs, out: &mut dyn Write) -> Result<(), Erro
             drop(writeln!(std::io::stderr(), "window {} of {windows}: {:.4}", so_far.windows, so_far.value()));
         }
     };
-    let Some(result) = measure(&model, Box::new(backend), (&tokens, bos), context, &mut watch)? else {
+    let Some(result) =
+        measure(&model, Box::new(backend), (&tokens, bos), (context, args.kv_cache_dtype.into()), &mut watch)?
+    else {
         let got = tokens.len();
         return Err(usage(format!("the text has {got} tokens, and one window needs {context}; choose a smaller -c")));
     };

@@ -42,6 +42,8 @@ fn engine_flags_become_its_configuration() {
     assert!(plan("--no-enable-prefix-caching --enable-prefix-caching").config().enable_prefix_caching);
     assert_eq!(plan("").config_for_one().max_num_seqs, 1);
     assert_eq!(plan("-t 2").cpu().threads, Some(2));
+    assert_eq!(plan("--kv-cache-dtype int8").config().kv_cache_type, cupola_kernels::KvType::Int8);
+    assert_eq!(plan("--kv-cache-dtype auto").config().kv_cache_type, cupola_kernels::KvType::F16);
 }
 
 #[test]

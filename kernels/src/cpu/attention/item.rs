@@ -3,13 +3,16 @@
 //! A worker's memory holds, for all rows of an item: queries interleaved by chunk (`[dim][row]`, so that a broadcast needs
 //! one address), the stretch's `o`, `l` and `m`, and the folded `o`, `l` and `m` of the stretches before it.
 
+use std::marker::PhantomData;
+
+use super::element::Element;
 use super::plan::{Fold, Item, Rows};
 use super::tile::{Phase, Sequence, Tile};
 use super::{AttentionOp, MAX_ROWS, SLOT_HEAD, STRETCH, TILE};
 use crate::cpu::act::ActWriter;
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::cpu::spans::Spans;
-use crate::kv::SeqSpan;
+use crate::kv::{KvType, SeqSpan};
 use crate::memory::SharedMut;
 
 /// `m` of a row that has seen nothing: below every score, and finite, so that `m - m` is 0.
@@ -122,6 +125,17 @@ impl Kernel for RunItem<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
+        match self.views.op.layout.ty {
+            KvType::F16 => self.over::<S, u16>(s),
+            KvType::Int8 => self.over::<S, i8>(s),
+        }
+    }
+}
+
+impl RunItem<'_> {
+    /// Over a pool of elements `E`.
+    #[inline(always)]
+    fn over<S: Simd, E: Element>(self, s: S) {
         let Self { views, item, work } = self;
         let op = views.op;
         let head_dim = op.shape.head_dim;
@@ -132,11 +146,12 @@ impl Kernel for RunItem<'_> {
         work.total_m.fill(NOTHING);
 
         let sequence = Sequence {
-            blocks: op.kv.as_chunks().0,
+            words: op.kv,
             table: views.spans.table(&op.spans[item.rows.span]),
             layout: op.layout,
             layer: op.layer,
             kv_head: item.rows.kv_head,
+            element: PhantomData::<E>,
         };
         let mut start = item.start;
         Tile { op, sequence: &sequence, rows: &item.rows, start, end: item.end }.each_chunk(s, Phase::Queries, work);

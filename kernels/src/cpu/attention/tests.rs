@@ -6,7 +6,8 @@ use crate::cpu::isa::Isa;
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::tests::{noise, runnable};
 use crate::cpu::simd::{Kernel, Simd, dispatch};
-use crate::kv::{BLOCK_SIZE, BlockId, KvLayout, SeqSpan, blocks_for};
+use crate::kv::{BLOCK_SIZE, BlockId, KvLayout, KvType, SCALE_WORDS, SeqSpan, blocks_for};
+use crate::memory::{cast, cast_mut};
 use crate::{Error, HeadShape};
 use half::f16;
 
@@ -17,13 +18,18 @@ struct World {
     window: Option<usize>,
     spans: Vec<SeqSpan>,
     table: Vec<BlockId>,
+    ty: KvType,
     kv: Vec<u16>,
     qkv: Vec<f32>,
 }
 
 impl World {
     /// Sequences as (first position, rows).
-    fn new((heads, kv_heads, head_dim): (usize, usize, usize), sequences: &[(usize, usize)]) -> Self {
+    fn new(shape: (usize, usize, usize), sequences: &[(usize, usize)]) -> Self {
+        Self::of(KvType::F16, shape, sequences)
+    }
+
+    fn of(ty: KvType, (heads, kv_heads, head_dim): (usize, usize, usize), sequences: &[(usize, usize)]) -> Self {
         let shape = HeadShape { heads, kv_heads, head_dim };
         let (mut spans, mut blocks, mut row0) = (Vec::new(), 0, 0);
         for &(pos0, rows) in sequences {
@@ -35,16 +41,27 @@ impl World {
         // An odd stride walks through all blocks of a pool whose size is a power of two.
         let pool = blocks.next_power_of_two();
         let table = (0..blocks).map(|i| BlockId(((i * 5 + 3) % pool) as u32)).collect();
-        let kv = (0..pool * 2 * kv_heads * head_dim * BLOCK_SIZE)
-            .map(|i| f16::from_f32(noise(i as u64) * 0.2).to_bits())
-            .collect();
+        let layout = KvLayout { layers: 1, kv_heads, head_dim, ty };
+        let mut kv: Vec<u16> =
+            (0..pool * layout.block_words()).map(|i| f16::from_f32(noise(i as u64) * 0.2).to_bits()).collect();
+        if ty == KvType::Int8 {
+            for (i, head) in kv.chunks_exact_mut(layout.head_words()).enumerate() {
+                let (scales, elements) = head.split_at_mut(SCALE_WORDS);
+                for (j, scale) in cast_mut::<f32>(scales).iter_mut().enumerate() {
+                    *scale = (1.0 + noise((i * 64 + j) as u64)) * 0.0015;
+                }
+                for (j, element) in cast_mut::<i8>(elements).iter_mut().enumerate() {
+                    *element = (noise((i * 977 + j) as u64) * 60.0) as i8;
+                }
+            }
+        }
         let scale = (head_dim as f32).powf(-0.5);
         let qkv = (0..row0 * shape.qkv_cols()).map(|i| noise(i as u64 + 1_000_000) * 0.3 * scale).collect();
-        Self { shape, softcap: None, window: None, spans, table, kv, qkv }
+        Self { shape, softcap: None, window: None, spans, table, ty, kv, qkv }
     }
 
     fn layout(&self) -> KvLayout {
-        KvLayout { layers: 1, kv_heads: self.shape.kv_heads, head_dim: self.shape.head_dim }
+        KvLayout { layers: 1, kv_heads: self.shape.kv_heads, head_dim: self.shape.head_dim, ty: self.ty }
     }
 
     fn op(&self) -> AttentionOp<'_> {
@@ -94,15 +111,25 @@ impl World {
     }
 
     fn key(&self, block: BlockId, kv_head: usize, slot: usize, dim: usize) -> f64 {
-        let d = self.shape.head_dim;
-        let head = (block.0 as usize * self.shape.kv_heads + kv_head) * 2 * d * BLOCK_SIZE;
-        f16::from_bits(self.kv[head + slot / 16 * d * 16 + dim * 16 + slot % 16]).to_f64()
+        self.element(block, kv_head, slot, slot / 16 * self.shape.head_dim * 16 + dim * 16 + slot % 16)
     }
 
     fn value(&self, block: BlockId, kv_head: usize, slot: usize, dim: usize) -> f64 {
         let d = self.shape.head_dim;
-        let head = (block.0 as usize * self.shape.kv_heads + kv_head) * 2 * d * BLOCK_SIZE;
-        f16::from_bits(self.kv[head + d * BLOCK_SIZE + slot * d + dim]).to_f64()
+        self.element(block, kv_head, BLOCK_SIZE + slot, d * BLOCK_SIZE + slot * d + dim)
+    }
+
+    /// Element `at` of a head's part of a block, times scale number `scale` where there are scales.
+    fn element(&self, block: BlockId, kv_head: usize, scale: usize, at: usize) -> f64 {
+        let words = self.layout().head_words();
+        let head = &self.kv[(block.0 as usize * self.shape.kv_heads + kv_head) * words..][..words];
+        match self.ty {
+            KvType::F16 => f16::from_bits(head[at]).to_f64(),
+            KvType::Int8 => {
+                let (scales, elements) = head.split_at(SCALE_WORDS);
+                f64::from(cast::<f32>(scales)[scale]) * f64::from(cast::<i8>(elements)[at])
+            }
+        }
     }
 
     /// The definition, in f64.
@@ -162,7 +189,9 @@ const SHAPES: [(usize, usize, usize); 8] =
 #[test]
 fn all_shapes_agree_with_the_definition() {
     for shape in SHAPES {
-        World::new(shape, &[(0, 5), (30, 1), (63, 3), (100, 33), (511, 3)]).check(&format!("{shape:?}"));
+        for ty in [KvType::F16, KvType::Int8] {
+            World::of(ty, shape, &[(0, 5), (30, 1), (63, 3), (100, 33), (511, 3)]).check(&format!("{shape:?} {ty:?}"));
+        }
     }
 }
 
@@ -201,15 +230,16 @@ fn large_scores_do_not_overflow() {
 fn a_row_has_the_same_bits_alone_in_a_batch_and_with_any_number_of_threads() {
     let long = STRETCH * 3 + 40;
     for shape in SHAPES {
-        for window in [None, Some(700)] {
-            let mut world = World::new(shape, &[(0, 70), (long, 1), (STRETCH - 7, 20), (3, 1), (2 * STRETCH - 1, 2)]);
+        for (window, ty) in [(None, KvType::F16), (Some(700), KvType::F16), (None, KvType::Int8)] {
+            let sequences = [(0, 70), (long, 1), (STRETCH - 7, 20), (3, 1), (2 * STRETCH - 1, 2)];
+            let mut world = World::of(ty, shape, &sequences);
             world.window = window;
             for isa in runnable() {
                 let alone = world.run_alone(isa);
                 for threads in [1, 2, 3, 8] {
                     let together = world.run(isa, threads);
                     let same = alone.iter().zip(&together).all(|(a, b)| a.to_bits() == b.to_bits());
-                    assert!(same, "{shape:?} {isa:?} {threads} threads, window {window:?}");
+                    assert!(same, "{shape:?} {ty:?} {isa:?} {threads} threads, window {window:?}");
                 }
             }
         }

@@ -3,35 +3,37 @@
 //! Rows are (token, query head), token-major, and are computed in chunks of up to [`Simd::TILE`] rows. Each inner loop is
 //! a kernel of its own, see [`Simd::outlined`].
 
+use std::marker::PhantomData;
+
+use super::element::{Element, HeadBlock};
 use super::item::Work;
 use super::plan::Rows;
 use super::{AttentionOp, TILE};
 use crate::cpu::simd::{Kernel, LANES, Simd, prefetch};
-use crate::kv::{BLOCK_SIZE, BlockId, KvLayout};
+use crate::kv::{BLOCK_SIZE, BlockId, KvLayout, KvType};
 
 /// Scores are kept in units of ln 2, because powers of two are the cheapest: `e^score = 2^(score * log2 e)`.
 const UNIT: f32 = std::f32::consts::LOG2_E;
 
-/// 16 halves.
-type Halves = [u16; LANES];
-
 /// Keys and values of one head of one sequence.
-pub(super) struct Sequence<'a> {
+pub(super) struct Sequence<'a, E> {
     /// All blocks of the pool.
-    pub(super) blocks: &'a [Halves],
+    pub(super) words: &'a [u16],
     pub(super) table: &'a [BlockId],
     pub(super) layout: KvLayout,
     pub(super) layer: usize,
     pub(super) kv_head: usize,
+    pub(super) element: PhantomData<E>,
 }
 
-impl<'a> Sequence<'a> {
-    /// Keys `[2 groups][dim]` and values `[position][dim / 16]` of the block at `position`.
+impl<'a, E: Element> Sequence<'a, E> {
+    /// The block at `position`.
     #[inline(always)]
-    fn block(&self, position: usize) -> (&'a [Halves], &'a [Halves]) {
-        let half = self.layout.head_dim * (BLOCK_SIZE / LANES);
-        let block = self.layout.offset(self.table[position / BLOCK_SIZE], self.layer) / LANES;
-        self.blocks[block + self.kv_head * 2 * half..][..2 * half].split_at(half)
+    fn block(&self, position: usize) -> HeadBlock<'a, E> {
+        // The type is known here, so that the compiler need not ask for it.
+        let len = KvLayout { ty: E::TYPE, ..self.layout }.head_words();
+        let block = self.layout.offset(self.table[position / BLOCK_SIZE], self.layer);
+        E::split(&self.words[block + self.kv_head * len..][..len])
     }
 }
 
@@ -47,10 +49,9 @@ pub(super) enum Phase {
 }
 
 /// One tile of an item.
-#[derive(Clone, Copy)]
-pub(super) struct Tile<'a> {
+pub(super) struct Tile<'a, E> {
     pub(super) op: &'a AttentionOp<'a>,
-    pub(super) sequence: &'a Sequence<'a>,
+    pub(super) sequence: &'a Sequence<'a, E>,
     pub(super) rows: &'a Rows,
     /// First position.
     pub(super) start: usize,
@@ -58,10 +59,10 @@ pub(super) struct Tile<'a> {
     pub(super) end: usize,
 }
 
-impl Tile<'_> {
+impl<E: Element> Tile<'_, E> {
     /// Goes through the rows in chunks, each of them with code for its number of rows.
     #[inline(always)]
-    pub(super) fn each_chunk<S: Simd>(self, s: S, phase: Phase, work: &mut Work<'_>) {
+    pub(super) fn each_chunk<S: Simd>(&self, s: S, phase: Phase, work: &mut Work<'_>) {
         const { assert!(S::TILE <= 12, "there is code for chunks of up to 12 rows") };
         let rows = self.rows.len();
         let mut first = 0;
@@ -91,13 +92,13 @@ impl Tile<'_> {
 }
 
 /// Some rows of an item, at one tile.
-struct Chunk<'a> {
-    tile: Tile<'a>,
+struct Chunk<'a, E> {
+    tile: &'a Tile<'a, E>,
     /// First row within the item.
     first: usize,
 }
 
-impl Chunk<'_> {
+impl<E: Element> Chunk<'_, E> {
     /// Positions that a row sees: the first, and one past the last.
     #[inline(always)]
     fn sees(&self, row: usize) -> (usize, usize) {
@@ -139,7 +140,7 @@ impl Chunk<'_> {
     /// Copies queries as `[dim][row]`, in the unit of the softmax.
     #[inline(always)]
     fn interleave<const R: usize>(&self, queries: &mut [f32]) {
-        let Tile { op, rows, .. } = self.tile;
+        let &Tile { op, rows, .. } = self.tile;
         let (dim, cols) = (op.shape.head_dim, op.shape.qkv_cols());
         // A cap works on the scores themselves; the unit comes after it.
         let unit = if op.softcap.is_some() { 1.0 } else { UNIT };
@@ -161,24 +162,24 @@ impl Chunk<'_> {
 
     /// Keys of the tile after this one, from vector `at` on; of this tile when it is the last.
     #[inline(always)]
-    fn next_keys(&self, at: usize) -> &[Halves] {
+    fn next_keys(&self, at: usize) -> &[[E; LANES]] {
         let next = self.tile.start + TILE;
         let in_block = self.tile.sequence.layout.head_dim * (BLOCK_SIZE / LANES);
         let position = next + at / in_block * BLOCK_SIZE;
         let position = if position < self.tile.end { position } else { self.tile.start };
-        &self.tile.sequence.block(position).0[at % in_block..]
+        &self.tile.sequence.block(position).keys[at % in_block..]
     }
 }
 
 /// `p = q . K` for the first `groups` groups of the tile.
-struct Scores<'a, const R: usize> {
-    chunk: &'a Chunk<'a>,
+struct Scores<'a, E, const R: usize> {
+    chunk: &'a Chunk<'a, E>,
     queries: &'a [f32],
     groups: usize,
     p: &'a mut [[f32; TILE]; R],
 }
 
-impl<const R: usize> Kernel for Scores<'_, R> {
+impl<E: Element, const R: usize> Kernel for Scores<'_, E, R> {
     type Output = ();
 
     #[inline(always)]
@@ -189,18 +190,19 @@ impl<const R: usize> Kernel for Scores<'_, R> {
         let mut group = 0;
         while group < groups {
             let position = tile.start + group * LANES;
-            let (keys, values) = tile.sequence.block(position);
-            let within = position % BLOCK_SIZE / LANES * dim;
+            let HeadBlock { keys, values, scales } = tile.sequence.block(position);
+            let in_block = position % BLOCK_SIZE / LANES;
+            let within = in_block * dim;
             // As many vectors hold the values of 16 positions as hold their keys: they are asked for meanwhile.
             if two_columns::<S, R>() && within == 0 && group + 1 < groups {
                 let (keys, values) = (keys[..2 * dim].split_at(dim), values[..2 * dim].split_at(dim));
-                let sums = dot::<S, R, 2>(s, queries, [keys.0, keys.1], [values.0, values.1]);
-                put(s, &sums[0], p, group);
-                put(s, &sums[1], p, group + 1);
+                let sums = dot::<S, E, R, 2>(s, queries, [keys.0, keys.1], [values.0, values.1]);
+                put(s, &sums[0], scales.first(), p, group);
+                put(s, &sums[1], scales.get(1), p, group + 1);
                 group += 2;
             } else {
-                let sums = dot::<S, R, 1>(s, queries, [&keys[within..][..dim]], [&values[within..][..dim]]);
-                put(s, &sums[0], p, group);
+                let sums = dot::<S, E, R, 1>(s, queries, [&keys[within..][..dim]], [&values[within..][..dim]]);
+                put(s, &sums[0], scales.get(in_block), p, group);
                 group += 1;
             }
         }
@@ -208,9 +210,9 @@ impl<const R: usize> Kernel for Scores<'_, R> {
 }
 
 /// Turns scores into weights relative to the new largest score, updates `m` and `l`, and finds by how much earlier weights
-/// shrink.
-struct Softmax<'a, const R: usize> {
-    chunk: &'a Chunk<'a>,
+/// shrink. The weights take the factors of their values with them.
+struct Softmax<'a, E, const R: usize> {
+    chunk: &'a Chunk<'a, E>,
     groups: usize,
     /// True when every row sees every position of the groups.
     all_seen: bool,
@@ -220,7 +222,7 @@ struct Softmax<'a, const R: usize> {
     alpha: &'a mut [f32; R],
 }
 
-impl<const R: usize> Kernel for Softmax<'_, R> {
+impl<E: Element, const R: usize> Kernel for Softmax<'_, E, R> {
     type Output = ();
 
     #[inline(always)]
@@ -257,10 +259,16 @@ impl<const R: usize> Kernel for Softmax<'_, R> {
         for r in 0..R {
             let top = s.splat(m[r]);
             let mut sum = s.splat(0.0);
-            for scores in &mut p[r].as_chunks_mut::<LANES>().0[..groups] {
+            for (group, scores) in p[r].as_chunks_mut::<LANES>().0[..groups].iter_mut().enumerate() {
                 let weight = s.exp2_weight(s.sub(s.load(scores), top));
-                s.store(weight, scores);
                 sum = s.add(sum, weight);
+                let position = chunk.tile.start + group * LANES;
+                // The scales of values come after those of the two groups of keys.
+                let scale = match E::TYPE {
+                    KvType::F16 => None,
+                    KvType::Int8 => chunk.tile.sequence.block(position).scales.get(2 + position % BLOCK_SIZE / LANES),
+                };
+                s.store(scale.map_or(weight, |scale| s.mul(weight, s.load(scale))), scores);
             }
             s.store(s.fma(s.load(&l[r]), s.splat(alpha[r]), sum), &mut l[r]);
         }
@@ -268,15 +276,15 @@ impl<const R: usize> Kernel for Softmax<'_, R> {
 }
 
 /// `o = o * alpha + p . V`
-struct Sums<'a, const R: usize> {
-    chunk: &'a Chunk<'a>,
+struct Sums<'a, E, const R: usize> {
+    chunk: &'a Chunk<'a, E>,
     positions: usize,
     p: &'a [[f32; TILE]; R],
     alpha: &'a [f32; R],
     o: &'a mut [[f32; LANES]],
 }
 
-impl<const R: usize> Kernel for Sums<'_, R> {
+impl<E: Element, const R: usize> Kernel for Sums<'_, E, R> {
     type Output = ();
 
     #[inline(always)]
@@ -296,7 +304,7 @@ impl<const R: usize> Kernel for Sums<'_, R> {
     }
 }
 
-impl<const R: usize> Sums<'_, R> {
+impl<E: Element, const R: usize> Sums<'_, E, R> {
     /// The dimensions of `C` vectors from `column` on. Asks for part of the next tile's keys meanwhile: for all of them when
     /// it was done for all columns.
     #[inline(always)]
@@ -311,7 +319,7 @@ impl<const R: usize> Sums<'_, R> {
             }
         }
         for first in (0..positions).step_by(BLOCK_SIZE) {
-            let values = tile.sequence.block(tile.start + first).1;
+            let values = tile.sequence.block(tile.start + first).values;
             let count = BLOCK_SIZE.min(positions - first);
             let ahead = chunk.next_keys(column * TILE + first * C);
             let weights: [&[f32; BLOCK_SIZE]; R] =
@@ -321,7 +329,7 @@ impl<const R: usize> Sums<'_, R> {
                 let row = row.first_chunk::<C>().expect("a row has all columns");
                 prefetch(ahead);
                 for c in 0..C {
-                    let v = s.load_f16(&row[c]);
+                    let v = E::load(s, &row[c]);
                     for r in 0..R {
                         sums[c][r] = s.fma(s.splat(weights[r][i]), v, sums[c][r]);
                     }
@@ -343,17 +351,17 @@ const fn two_columns<S: Simd, const R: usize>() -> bool {
 
 /// Scores of `R` queries with `C` groups of 16 keys; asks for what comes `next` meanwhile.
 #[inline(always)]
-fn dot<S: Simd, const R: usize, const C: usize>(
+fn dot<S: Simd, E: Element, const R: usize, const C: usize>(
     s: S,
     queries: &[[f32; R]],
-    keys: [&[Halves]; C],
-    next: [&[Halves]; C],
+    keys: [&[[E; LANES]]; C],
+    next: [&[[E; LANES]]; C],
 ) -> [[S::V; R]; C] {
     let mut sums = [[s.splat(0.0); R]; C];
     for (i, query) in queries.iter().enumerate() {
         for c in 0..C {
             prefetch(&next[c][i..=i]);
-            let k = s.load_f16(&keys[c][i]);
+            let k = E::load(s, &keys[c][i]);
             for r in 0..R {
                 sums[c][r] = s.fma(s.splat(query[r]), k, sums[c][r]);
             }
@@ -362,10 +370,17 @@ fn dot<S: Simd, const R: usize, const C: usize>(
     sums
 }
 
-/// Stores the scores of one group.
+/// Stores the scores of one group, times the factors of its keys.
 #[inline(always)]
-fn put<S: Simd, const R: usize>(s: S, sums: &[S::V; R], p: &mut [[f32; TILE]; R], group: usize) {
+fn put<S: Simd, const R: usize>(
+    s: S,
+    sums: &[S::V; R],
+    scale: Option<&[f32; LANES]>,
+    p: &mut [[f32; TILE]; R],
+    group: usize,
+) {
     for r in 0..R {
-        s.store(sums[r], &mut p[r].as_chunks_mut::<LANES>().0[group]);
+        let scores = scale.map_or(sums[r], |scale| s.mul(sums[r], s.load(scale)));
+        s.store(scores, &mut p[r].as_chunks_mut::<LANES>().0[group]);
     }
 }

@@ -5,7 +5,7 @@
 //!   row of qkv   [ q heads          | k heads           | v heads ]     f32
 //!                  norm, turn,        norm, turn          │
 //!                  scale, in place    │                   │
-//!   block        [kv head][ K: group of 16 x dim x 16   | V: position x dim ]     f16
+//!   block        [kv head][ K: group of 16 x dim x 16   | V: position x dim ]     f16 or int8
 //! ```
 //!
 //! The unit of work is (sequence, block): no two workers write one block, and a sequence's rows in it are consecutive.
@@ -15,8 +15,8 @@ use super::norm::rms_norm_in_place;
 use super::pool::Pool;
 use super::simd::{Kernel, LANES, Simd, dispatch};
 use super::spans::{Spans, check_heads};
-use crate::kv::{BLOCK_SIZE, BlockId, KvLayout, SeqSpan};
-use crate::memory::{Arena, SharedMut};
+use crate::kv::{BLOCK_SIZE, BlockId, KvLayout, KvType, SCALE_WORDS, SeqSpan};
+use crate::memory::{Arena, Plain, SharedMut, cast_mut};
 use crate::{Error, HeadShape, Result, RopePairs};
 
 /// Positions between two whose angles are computed and not summed.
@@ -137,7 +137,7 @@ pub(crate) fn rope_store(
     let HeadShape { heads, kv_heads, head_dim } = op.shape;
     let refuse = |expected: String, got: String| Err(Error::Shape { op: OP, expected, got });
     check_heads(OP, op.shape, op.layout)?;
-    let (cols, block_len) = (op.shape.qkv_cols(), op.layout.block_elements());
+    let (cols, block_len) = (op.shape.qkv_cols(), op.layout.block_words());
     let spans = Spans::check(OP, op.spans, op.block_table, op.layout.blocks_in(kv.len()), qkv.len() / cols)?;
     if 2 * op.rope.pairs > head_dim {
         return refuse(format!("at most {head_dim} rotary dimensions"), (2 * op.rope.pairs).to_string());
@@ -242,31 +242,78 @@ impl Kernel for StoreRow<'_> {
             }
         }
         let heads = self.keys.chunks_exact_mut(head_dim).zip(self.values.chunks_exact(head_dim));
-        for ((key, value), block) in heads.zip(self.block.chunks_exact_mut(2 * head_dim * BLOCK_SIZE)) {
+        for ((key, value), block) in heads.zip(self.block.chunks_exact_mut(self.op.layout.head_words())) {
             turn(s, key, cosines, sines, self.op.pairs);
-            let (key_block, value_block) = block.split_at_mut(head_dim * BLOCK_SIZE);
-            let group = &mut key_block[slot / LANES * head_dim * LANES..][..head_dim * LANES];
-            for (source, columns) in key.as_chunks::<LANES>().0.iter().zip(group.chunks_exact_mut(LANES * LANES)) {
-                let halves = to_halves(s, source);
-                for (column, half) in columns.as_chunks_mut::<LANES>().0.iter_mut().zip(halves) {
-                    column[slot % LANES] = half;
+            match self.op.layout.ty {
+                KvType::F16 => {
+                    let (keys, values) = block.split_at_mut(head_dim * BLOCK_SIZE);
+                    for (part, source) in key.as_chunks::<LANES>().0.iter().enumerate() {
+                        put_key(keys, (head_dim, slot), part, &to_halves(s, source));
+                    }
+                    let row = &mut values[slot * head_dim..][..head_dim];
+                    for (source, out) in value.as_chunks::<LANES>().0.iter().zip(row.as_chunks_mut::<LANES>().0) {
+                        *out = to_halves(s, source);
+                    }
                 }
-            }
-            let row = &mut value_block[slot * head_dim..][..head_dim];
-            for (source, out) in value.as_chunks::<LANES>().0.iter().zip(row.as_chunks_mut::<LANES>().0) {
-                *out = to_halves(s, source);
+                KvType::Int8 => {
+                    let (scales, elements) = block.split_at_mut(SCALE_WORDS);
+                    let (key_scales, value_scales) = cast_mut::<f32>(scales).split_at_mut(BLOCK_SIZE);
+                    let (keys, values) = cast_mut::<i8>(elements).split_at_mut(head_dim * BLOCK_SIZE);
+                    key_scales[slot] = to_bytes(s, key, |part, bytes| put_key(keys, (head_dim, slot), part, bytes));
+                    let row = &mut values[slot * head_dim..][..head_dim];
+                    let row = row.as_chunks_mut::<LANES>().0;
+                    value_scales[slot] = to_bytes(s, value, |part, bytes| row[part] = *bytes);
+                }
             }
         }
     }
 }
 
-/// Rounds to IEEE halves. What is too large for one becomes the largest: an infinity in the pool would turn a weight of
-/// zero into NaN.
+/// Puts elements `16 * part..` of a key into the column of its position.
+#[inline(always)]
+fn put_key<E: Plain>(keys: &mut [E], (head_dim, slot): (usize, usize), part: usize, elements: &[E; LANES]) {
+    let group = &mut keys[slot / LANES * head_dim * LANES..][..head_dim * LANES];
+    let columns = &mut group.as_chunks_mut::<LANES>().0[part * LANES..][..LANES];
+    for (column, element) in columns.iter_mut().zip(elements) {
+        column[slot % LANES] = *element;
+    }
+}
+
+/// The largest IEEE half. What is larger becomes this: an infinity in the pool would turn a weight of zero into NaN.
+const LARGEST: f32 = 65_504.0;
+
+/// 16 values, none of them larger than [`LARGEST`].
+#[inline(always)]
+fn bounded<S: Simd>(s: S, source: &[f32; LANES]) -> S::V {
+    s.max(s.min(s.load(source), s.splat(LARGEST)), s.splat(-LARGEST))
+}
+
+/// Quantises the key or value of a head to bytes, hands them over 16 at a time, and returns their scale.
+#[inline(always)]
+fn to_bytes<S: Simd>(s: S, source: &[f32], mut put: impl FnMut(usize, &[i8; LANES])) -> f32 {
+    /// Below this, everything counts as zero: `127 / largest` must stay finite.
+    const SMALLEST: f32 = 1e-36;
+    let parts = source.as_chunks::<LANES>().0;
+    let largest = parts.iter().fold(s.splat(0.0), |largest, part| s.max(largest, s.abs(bounded(s, part))));
+    let largest = s.reduce_max(largest);
+    let (scale, inverse) = if largest > SMALLEST { (largest / 127.0, 127.0 / largest) } else { (0.0, 0.0) };
+    let inverse = s.splat(inverse);
+    for (pair, parts) in parts.chunks(2).enumerate() {
+        let scaled = |i: usize| parts.get(i).map_or(s.splat(0.0), |part| s.mul(bounded(s, part), inverse));
+        let mut bytes = [0; 2 * LANES];
+        s.round_i8([scaled(0), scaled(1)], &mut bytes);
+        for (i, bytes) in bytes.as_chunks::<LANES>().0[..parts.len()].iter().enumerate() {
+            put(2 * pair + i, bytes);
+        }
+    }
+    scale
+}
+
+/// Rounds to IEEE halves.
 #[inline(always)]
 fn to_halves<S: Simd>(s: S, source: &[f32; LANES]) -> [u16; LANES] {
-    const LARGEST: f32 = 65_504.0;
     let mut halves = [0; LANES];
-    s.store_f16(s.max(s.min(s.load(source), s.splat(LARGEST)), s.splat(-LARGEST)), &mut halves);
+    s.store_f16(bounded(s, source), &mut halves);
     halves
 }
 

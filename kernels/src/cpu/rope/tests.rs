@@ -4,7 +4,8 @@ use super::{RopeStoreOp, RopeTable, StoreScratch, rope_store};
 use crate::cpu::isa::Isa;
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::tests::{noise, runnable};
-use crate::kv::{BLOCK_SIZE, BlockId, KvLayout, SeqSpan};
+use crate::kv::{BLOCK_SIZE, BlockId, KvLayout, KvType, SCALE_WORDS, SeqSpan};
+use crate::memory::cast;
 use crate::{Error, HeadShape, RopePairs};
 use half::f16;
 
@@ -14,6 +15,7 @@ const QUERY_SCALE: f32 = 0.125;
 struct World {
     shape: HeadShape,
     pairs: RopePairs,
+    ty: KvType,
     inv_freq: Vec<f64>,
     norm: Option<(Vec<f32>, Vec<f32>)>,
     spans: Vec<SeqSpan>,
@@ -36,16 +38,16 @@ impl World {
         let table = [6, 2, 5, 0, 1, 7, 3].map(BlockId).to_vec();
         let inv_freq = (0..rotary_dim / 2).map(|i| 10_000_f64.powf(-2.0 * i as f64 / rotary_dim as f64)).collect();
         let qkv = (0..76 * shape.qkv_cols()).map(|i| noise(i as u64)).collect();
-        Self { shape, pairs, inv_freq, norm: None, spans, table, qkv }
+        Self { shape, pairs, ty: KvType::F16, inv_freq, norm: None, spans, table, qkv }
     }
 
     fn layout(&self) -> KvLayout {
-        KvLayout { layers: 1, kv_heads: self.shape.kv_heads, head_dim: self.shape.head_dim }
+        KvLayout { layers: 1, kv_heads: self.shape.kv_heads, head_dim: self.shape.head_dim, ty: self.ty }
     }
 
     fn try_run(&self, isa: Isa, threads: usize) -> Result<Outcome, Error> {
         let rope = RopeTable::new(&self.inv_freq, SCALE, 100)?;
-        let mut outcome = Outcome { qkv: self.qkv.clone(), kv: vec![0; 8 * self.layout().block_elements()] };
+        let mut outcome = Outcome { qkv: self.qkv.clone(), kv: vec![0; 8 * self.layout().block_words()] };
         let op = RopeStoreOp {
             shape: self.shape,
             rope: &rope,
@@ -102,15 +104,38 @@ impl World {
                 let block = self.table[span.table0 as usize + position / BLOCK_SIZE].0 as usize;
                 let slot = position % BLOCK_SIZE;
                 for head in 0..kv_heads {
-                    let stored = &outcome.kv[(block * kv_heads + head) * 2 * d * BLOCK_SIZE..][..2 * d * BLOCK_SIZE];
+                    let words = self.layout().head_words();
+                    let stored = &outcome.kv[(block * kv_heads + head) * words..][..words];
                     let source = &before[(heads + head) * d..][..d];
                     let expected = self.turned(source, self.norm.as_ref().map(|n| &n.1), position);
                     let values = &before[(heads + kv_heads + head) * d..][..d];
                     for dim in 0..d {
-                        let key = f16::from_bits(stored[slot / 16 * d * 16 + dim * 16 + slot % 16]).to_f64();
-                        assert!(close(key, expected[dim], 6e-4), "{isa:?} key {row} {head} {dim}: {key}");
-                        let value = stored[d * BLOCK_SIZE + slot * d + dim];
-                        assert_eq!(value, f16::from_f32(values[dim]).to_bits(), "{isa:?} value {row} {head} {dim}");
+                        let (key_at, value_at) =
+                            (slot / 16 * d * 16 + dim * 16 + slot % 16, (BLOCK_SIZE + slot) * d + dim);
+                        let what = format!("{isa:?} {row} {head} {dim}");
+                        match self.ty {
+                            KvType::F16 => {
+                                let key = f16::from_bits(stored[key_at]).to_f64();
+                                assert!(close(key, expected[dim], 6e-4), "key {what}: {key}");
+                                assert_eq!(stored[value_at], f16::from_f32(values[dim]).to_bits(), "value {what}");
+                            }
+                            KvType::Int8 => {
+                                let (scales, elements) = stored.split_at(SCALE_WORDS);
+                                let (scales, elements) = (cast::<f32>(scales), cast::<i8>(elements));
+                                let read = |scale: usize, at: usize| f64::from(scales[scale]) * f64::from(elements[at]);
+                                // Half a step of the quantisation, and a few rounding errors before it.
+                                let step = |scale: usize| f64::from(scales[scale]) * 0.5 + 1e-5;
+                                let (key, value) = (read(slot, key_at), read(BLOCK_SIZE + slot, value_at));
+                                assert!((key - expected[dim]).abs() <= step(slot), "key {what}: {key}");
+                                let error = (value - f64::from(values[dim])).abs();
+                                assert!(error <= step(BLOCK_SIZE + slot), "value {what}: {value}");
+                            }
+                        }
+                    }
+                    if self.ty == KvType::Int8 {
+                        let largest = values.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+                        let scale = cast::<f32>(&stored[..SCALE_WORDS])[BLOCK_SIZE + slot];
+                        assert!((scale * 127.0 - largest).abs() <= largest * 1e-6, "the largest element is 127");
                     }
                 }
             }
@@ -130,6 +155,8 @@ fn rows_turn_and_land_where_they_belong() {
                 let weight = |seed| (0..shape.2).map(|i| noise(seed + i as u64) * 0.1 + 1.0).collect();
                 world.norm = Some((weight(10), weight(500)));
                 world.check(isa);
+                world.ty = KvType::Int8;
+                world.check(isa);
             }
         }
     }
@@ -139,7 +166,7 @@ fn rows_turn_and_land_where_they_belong() {
 fn nothing_else_is_written() {
     let world = World::new((2, 1, 16), 16, RopePairs::Halves);
     let kv = world.try_run(Isa::Scalar, 2).unwrap().kv;
-    let block = world.layout().block_elements();
+    let block = world.layout().block_words();
     assert!(kv[4 * block..5 * block].iter().all(|&x| x == 0), "block 4 is in no table");
     assert!(kv[..block].iter().all(|&x| x == 0), "the first block of the second sequence was there before");
     let slots = 16 * 16 + 13; // first group, and position 45 % 32 = 13 of it is the only one of its block

@@ -87,6 +87,15 @@ mod ops {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) fn load_i8(src: &[i8; LANES]) -> V {
+        // SAFETY: `src` is 16 bytes long; the load needs no alignment.
+        let bytes = unsafe { _mm_loadu_si128(src.as_ptr().cast()) };
+        let low = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+        V(low, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes))))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) fn store(v: V, dst: &mut [f32; LANES]) {
         let (low, high) = dst.split_at_mut(8);
         // SAFETY: `low` is 8 floats long; the store needs no alignment.

@@ -78,6 +78,14 @@ mod ops {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+    pub(super) fn load_i8(src: &[i8; LANES]) -> V {
+        // SAFETY: `src` is 16 bytes long; the load needs no alignment.
+        let bytes = unsafe { _mm_loadu_si128(src.as_ptr().cast()) };
+        V(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
     pub(super) fn store(v: V, dst: &mut [f32; LANES]) {
         // SAFETY: `dst` is 16 floats long; the store needs no alignment.
         unsafe { _mm512_storeu_ps(dst.as_mut_ptr(), v.0) };

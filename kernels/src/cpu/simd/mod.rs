@@ -66,6 +66,8 @@ pub(crate) trait Simd: IntDot + Send + Sync {
     fn load_f16(self, src: &[u16; LANES]) -> Self::V;
     /// Reads 16 bfloat16 values.
     fn load_bf16(self, src: &[u16; LANES]) -> Self::V;
+    /// Reads 16 signed bytes.
+    fn load_i8(self, src: &[i8; LANES]) -> Self::V;
     /// Writes 16 values.
     fn store(self, v: Self::V, dst: &mut [f32; LANES]);
     /// Writes 16 IEEE halves, rounded to nearest even.
@@ -253,6 +255,7 @@ macro_rules! forward_simd {
             load(src: &[f32; LANES]) -> $vector;
             load_f16(src: &[u16; LANES]) -> $vector;
             load_bf16(src: &[u16; LANES]) -> $vector;
+            load_i8(src: &[i8; LANES]) -> $vector;
             store(v: $vector, dst: &mut [f32; LANES]) -> ();
             store_f16(v: $vector, dst: &mut [u16; LANES]) -> ();
             add(a: $vector, b: $vector) -> $vector;

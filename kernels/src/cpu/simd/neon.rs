@@ -87,6 +87,19 @@ mod ops {
 
     #[inline]
     #[target_feature(enable = "neon")]
+    pub(super) fn load_i8(src: &[i8; LANES]) -> V {
+        let mut out = splat(0.0);
+        for (parts, values) in out.0.as_chunks_mut::<2>().0.iter_mut().zip(src.as_chunks::<8>().0) {
+            // SAFETY: `values` is 8 bytes long.
+            let wide = vmovl_s8(unsafe { vld1_s8(values.as_ptr()) });
+            parts[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+            parts[1] = vcvtq_f32_s32(vmovl_high_s16(wide));
+        }
+        out
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
     pub(super) fn store(v: V, dst: &mut [f32; LANES]) {
         for (part, values) in v.0.iter().zip(dst.as_chunks_mut::<4>().0) {
             // SAFETY: `values` is 4 floats long.

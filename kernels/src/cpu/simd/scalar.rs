@@ -59,6 +59,11 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn load_i8(self, src: &[i8; LANES]) -> Self::V {
+        src.map(f32::from)
+    }
+
+    #[inline(always)]
     fn store(self, v: Self::V, dst: &mut [f32; LANES]) {
         *dst = v;
     }

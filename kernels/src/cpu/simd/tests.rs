@@ -37,6 +37,7 @@ impl Kernel for RunAll {
             s.splat(self.a[0]),
             s.load_f16(&self.bits),
             s.load_bf16(&self.bits),
+            s.load_i8(&self.bits.map(|bits| bits as i8)),
             s.add(a, b),
             s.sub(a, b),
             s.mul(a, b),

@@ -16,7 +16,7 @@ pub mod table;
 use std::time::{Duration, Instant};
 
 use cupola_kernels::kv::{BLOCK_SIZE, blocks_for};
-use cupola_kernels::{Backend, BlockId};
+use cupola_kernels::{Backend, BlockId, KvType};
 use cupola_models::decoder::{Decoder, DecoderLimits};
 use cupola_models::{Batch, Model};
 
@@ -41,6 +41,8 @@ pub struct Options {
     pub repetitions: usize,
     /// Most prompt tokens of one forward pass.
     pub chunk: usize,
+    /// What keys and values are stored as.
+    pub kv_type: KvType,
 }
 
 /// One test.
@@ -140,6 +142,7 @@ impl Options {
         DecoderLimits {
             max_batch_tokens: self.chunk.max(most(|test| test.sequences)),
             kv_blocks: most(|test| test.sequences * test.blocks_per_sequence()),
+            kv_type: self.kv_type,
             max_model_len: most(Test::positions),
         }
     }
@@ -164,7 +167,10 @@ pub fn run(
     for test in tests {
         watch(&test);
         let samples = runner.measure(&test, options.repetitions)?;
-        let backend = runner.decoder.describe_backend();
+        let mut backend = runner.decoder.describe_backend();
+        if options.kv_type != KvType::default() {
+            backend.push_str(&format!(", {} kv", options.kv_type.name()));
+        }
         measured.push(Measured { test, threads, backend, chunk: options.chunk, samples });
     }
     Ok(measured)
@@ -261,6 +267,7 @@ mod tests {
             batches: vec![1, 16],
             repetitions: 3,
             chunk: 64,
+            kv_type: KvType::F16,
         }
     }
 
