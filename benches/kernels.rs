@@ -1,73 +1,175 @@
-//! Matrix products by weight type, shape and batch size: operations a second, and bytes a second for one row.
+//! Matrix products of every weight type, layer shape, batch size and instruction set, beside what the machine can do at most.
 //!
-//! `cargo bench -p cupola-benches -- Q4_1` runs a part. `CUPOLA_ISA` forces an instruction set.
+//! `cargo bench -p cupola-benches` measures all cases of `cupola_kernels::testing`, which the tests check for correctness;
+//! `cargo bench -p cupola-benches -- --quick` a part of them within two minutes, and a word (`Q4_1`, `SmolLM2`, `b512`) those
+//! whose names contain it. `CUPOLA_ISA` measures one instruction set, `CUPOLA_BENCH_THREADS` sets the threads. The table at the
+//! end says which share of its bound each case reaches: reading its weights from memory, or its operations.
+//!
+//! Weights are copied until no cache holds them, and the copies are used in turn, as a model's layers are.
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use cupola_kernels::cpu::{CpuBackend, CpuConfig};
-use cupola_kernels::{Backend, Epilogue, PartOrder, Rows, WeightPart, WeightType};
+use std::time::{Duration, Instant};
 
-const TYPES: [WeightType; 6] =
-    [WeightType::Q4_0, WeightType::Q4_1, WeightType::Q8_0, WeightType::F16, WeightType::Bf16, WeightType::F32];
+use criterion::{Criterion, Throughput};
+use cupola_kernels::cpu::roofline::Roofline;
+use cupola_kernels::cpu::{CpuBackend, CpuConfig, ISA_VARIABLE, Isa, default_threads};
+use cupola_kernels::testing::{Case, Layer, cases, random_weights};
+use cupola_kernels::{ActId, Backend, BufferId, Epilogue, LinearId, PartOrder, Rows, WeightPart, WeightType};
 
-/// `[out_features, in_features]`: the layers of SmolLM2-135M, and one of an 8B model's.
-const SHAPES: [(usize, usize); 4] = [(960, 576), (576, 1536), (3072, 576), (4096, 4096)];
+/// Bytes of weights that no cache holds.
+const COLD: usize = 96 << 20;
 
-const ROWS: [usize; 4] = [1, 4, 16, 256];
-
-/// Bytes that are a valid tensor of any type: small positive scales and arbitrary quants.
-fn weights(ty: WeightType, rows: usize, cols: usize) -> Vec<u8> {
-    let row_bytes = ty.row_bytes(cols).expect("whole blocks");
-    let mut state = 0x9e37_79b9_u32;
-    let mut next = || {
-        state = state.wrapping_mul(747_796_405).wrapping_add(2_891_336_453);
-        (state >> 24) as u8
-    };
-    let mut bytes: Vec<u8> = (0..rows * row_bytes).map(|_| next()).collect();
-    // The high byte of every f16, bf16 or f32 is set to that of a number between 0.001 and 0.1.
-    let (stride, high): (usize, &[usize]) = match ty {
-        WeightType::F32 => (4, &[3]),
-        WeightType::Q4_1 => (ty.block_bytes(), &[1, 3]),
-        _ => (ty.block_bytes(), &[1]),
-    };
-    let value = if matches!(ty, WeightType::F32 | WeightType::Bf16) { 0x3c } else { 0x1c };
-    for block in bytes.chunks_mut(stride) {
-        high.iter().for_each(|&i| block[i] = value);
-    }
-    bytes
+/// A part that shows every kind of kernel: `--quick`.
+fn is_quick(case: &Case) -> bool {
+    let types =
+        [WeightType::Q4_0, WeightType::Q4_1, WeightType::Q8_0, WeightType::Q4K, WeightType::Q6K, WeightType::Bf16];
+    let k_type = case.ty.block_len() > 32;
+    let layer = if k_type { case.layer.name == "down" } else { case.layer.model == "SmolLM2-135M" };
+    types.contains(&case.ty) && layer && [1, 16, 512].contains(&case.batch)
 }
 
-fn products(c: &mut Criterion) {
-    for ty in TYPES {
-        for (n, k) in SHAPES {
-            let mut backend = CpuBackend::new(CpuConfig::default()).expect("a CPU backend");
-            let data = weights(ty, n, k);
-            let part = WeightPart { ty, rows: n, cols: k, data: &data };
-            let weight = backend.load_linear(&[part], PartOrder::Concat, None).expect("a supported type");
-            let most = ROWS[ROWS.len() - 1];
-            let x = backend.alloc_buffer(most, k).expect("memory");
-            let act = backend.alloc_act(most, k).expect("memory");
-            let out = backend.alloc_buffer(most, n).expect("memory");
-            let ones = backend.load_vector(&vec![1.0; k]).expect("memory");
-            backend
-                .for_each_row(x, most, &|row, values| {
-                    values.iter_mut().enumerate().for_each(|(i, v)| *v = ((i * 37 + row * 11) % 101) as f32 - 50.0);
-                })
-                .expect("rows of the arena");
-            let mut group = c.benchmark_group(format!("{} {n}x{k} {}", ty.name(), backend.describe()));
-            for rows in ROWS {
-                backend.rms_norm(x, Rows::First(rows), (ones, 1e-5), weight, act).expect("shapes fit");
-                group.throughput(if rows == 1 {
-                    Throughput::Bytes(data.len() as u64)
-                } else {
-                    Throughput::Elements(2 * (rows * n * k) as u64)
+/// A matrix in a backend with all that a product needs.
+struct Loaded {
+    backend: CpuBackend,
+    copies: Vec<LinearId>,
+    input: BufferId,
+    norm: cupola_kernels::VectorId,
+    act: ActId,
+    out: BufferId,
+}
+
+impl Loaded {
+    fn new(ty: WeightType, layer: Layer, most_rows: usize, config: CpuConfig) -> cupola_kernels::Result<Self> {
+        let Layer { rows, cols, .. } = layer;
+        let mut backend = CpuBackend::new(config)?;
+        let data = random_weights(ty, (rows, cols), 1);
+        let part = WeightPart { ty, rows, cols, data: &data };
+        let copies = (0..COLD.div_ceil(data.len()))
+            .map(|_| backend.load_linear(&[part], PartOrder::Concat, None))
+            .collect::<cupola_kernels::Result<_>>()?;
+        let input = backend.alloc_buffer(most_rows, cols)?;
+        backend.for_each_row(input, most_rows, &|row, values| {
+            values.iter_mut().enumerate().for_each(|(col, x)| *x = ((row * 7 + col * 13) % 29) as f32 - 14.0);
+        })?;
+        let norm = backend.load_vector(&vec![1.0; cols])?;
+        let (act, out) = (backend.alloc_act(most_rows, cols)?, backend.alloc_buffer(most_rows, rows)?);
+        Ok(Self { backend, copies, input, norm, act, out })
+    }
+
+    /// Time of `count` products of `rows` rows.
+    fn time(&mut self, rows: usize, count: u64) -> cupola_kernels::Result<Duration> {
+        self.backend.rms_norm(self.input, Rows::First(rows), (self.norm, 1e-5), self.copies[0], self.act)?;
+        let start = Instant::now();
+        for copy in self.copies.iter().cycle().take(count as usize) {
+            self.backend.linear(self.act, rows, *copy, Epilogue::Store, self.out)?;
+        }
+        Ok(start.elapsed())
+    }
+}
+
+/// A case and its seconds.
+struct Measured {
+    isa: Isa,
+    case: Case,
+    seconds: f64,
+}
+
+fn measure(criterion: &mut Criterion, isa: Isa, threads: usize, quick: bool) -> Vec<Measured> {
+    let config = CpuConfig { threads: Some(threads), isa: Some(isa) };
+    let mut measured = Vec::new();
+    let cases: Vec<Case> = cases(isa).into_iter().filter(|case| !quick || is_quick(case)).collect();
+    for group in cases.chunk_by(|a, b| (a.ty, a.layer) == (b.ty, b.layer)) {
+        let Layer { model, name, rows, cols } = group[0].layer;
+        let most_rows = group.iter().map(|case| case.batch).max().unwrap_or(1);
+        let title = format!("{} {} {model} {name} {rows}x{cols}", isa.name(), group[0].ty.name());
+        let mut criterion_group = criterion.benchmark_group(title);
+        // Packed when the first case of it is asked for: a filter may leave all of them out.
+        let mut loaded: Option<Loaded> = None;
+        for case in group {
+            criterion_group.throughput(match case.batch {
+                1 => Throughput::Bytes(case.weight_bytes() as u64),
+                _ => Throughput::Elements(case.operations() as u64),
+            });
+            let mut times = Vec::new();
+            criterion_group.bench_function(format!("b{}", case.batch), |bencher| {
+                let loaded = loaded.get_or_insert_with(|| {
+                    Loaded::new(case.ty, case.layer, most_rows, config).expect("a case of the table, and memory for it")
                 });
-                group.bench_function(BenchmarkId::from_parameter(rows), |b| {
-                    b.iter(|| backend.linear(act, rows, weight, Epilogue::Store, out).expect("shapes fit"));
+                bencher.iter_custom(|count| {
+                    let time = loaded.time(case.batch, count).expect("shapes fit");
+                    times.push(time.as_secs_f64() / count as f64);
+                    time
                 });
+            });
+            times.sort_by(f64::total_cmp);
+            if let Some(&seconds) = times.get(times.len() / 2) {
+                measured.push(Measured { isa, case: *case, seconds });
             }
         }
+        criterion_group.finish();
+    }
+    measured
+}
+
+fn table(measured: &[Measured], roofs: &[(Isa, Roofline)], threads: usize) {
+    println!("\n{threads} threads");
+    for (isa, roof) in roofs {
+        let int8 = roof.int8.map_or("-".to_owned(), |peak| format!("{:.0}", peak / 1e9));
+        println!(
+            "{:<7} reads {:.1} GB/s from memory, {:.0} GB/s from L2; {int8} GOPS of int8, {:.0} GFLOPS of f32",
+            isa.name(),
+            roof.read / 1e9,
+            roof.cached_read / 1e9,
+            roof.float / 1e9
+        );
+    }
+    println!(
+        "\n{:<7} {:<7} {:<34} {:>5} {:>10} {:>8} {:>8}  {:<5} {:>5}",
+        "isa", "weights", "layer", "batch", "us", "GB/s", "GOPS", "bound", "of it"
+    );
+    for Measured { isa, case, seconds } in measured {
+        let Some((_, roof)) = roofs.iter().find(|(of, _)| of == isa) else { continue };
+        let (bytes, operations) = (case.weight_bytes() as f64, case.operations() as f64);
+        let int8 = !case.ty.is_float();
+        let least = roof.seconds(bytes, operations, int8);
+        let bound = match int8 && roof.int8.is_some() {
+            _ if least <= bytes / roof.read => "read",
+            true => "int8",
+            false => "f32",
+        };
+        let Layer { model, name, rows, cols } = case.layer;
+        println!(
+            "{:<7} {:<7} {:<34} {:>5} {:>10.1} {:>8.1} {:>8.1}  {bound:<5} {:>4.0}%",
+            isa.name(),
+            case.ty.name(),
+            format!("{model} {name} {rows}x{cols}"),
+            case.batch,
+            seconds * 1e6,
+            bytes / seconds / 1e9,
+            operations / seconds / 1e9,
+            100.0 * least / seconds
+        );
     }
 }
 
-criterion_group!(benches, products);
-criterion_main!(benches);
+fn main() {
+    let quick = std::env::args().any(|arg| arg == "--quick");
+    let forced = std::env::var_os(ISA_VARIABLE).is_some_and(|name| !name.is_empty());
+    let isas = match quick || forced {
+        true => vec![Isa::choose(None).expect("CUPOLA_ISA names a set of this CPU")],
+        false => Isa::available(),
+    };
+    let asked = std::env::var("CUPOLA_BENCH_THREADS").ok();
+    let threads = asked.map_or_else(default_threads, |n| n.parse().expect("CUPOLA_BENCH_THREADS is a number"));
+    let mut criterion = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(50))
+        .measurement_time(Duration::from_millis(400))
+        .configure_from_args();
+    let (mut measured, mut roofs) = (Vec::new(), Vec::new());
+    for isa in isas {
+        roofs.push((isa, Roofline::measure(isa, threads).expect("the set is available")));
+        measured.extend(measure(&mut criterion, isa, threads, quick));
+    }
+    criterion.final_summary();
+    table(&measured, &roofs, threads);
+}

@@ -1,5 +1,7 @@
 //! What an operator may set about the engine, with defaults that start small.
 
+use std::path::PathBuf;
+
 use cupola_kernels::KvType;
 
 use crate::Error;
@@ -27,6 +29,8 @@ pub struct EngineConfig {
     pub max_queued_tokens: usize,
     /// Reuse keys and values of equal prompt beginnings.
     pub enable_prefix_caching: bool,
+    /// Folder of packed weights: a model that was packed before is mapped from there, one that was not is kept there.
+    pub packed_cache: Option<PathBuf>,
     /// Events kept apart for a reader that is slow; past this many, tokens are merged into the last event.
     pub event_capacity: usize,
 }
@@ -43,6 +47,7 @@ impl Default for EngineConfig {
             max_queued_requests: 4 * 256,
             max_queued_tokens: 1 << 18,
             enable_prefix_caching: true,
+            packed_cache: None,
             event_capacity: 64,
         }
     }

@@ -1,10 +1,12 @@
 //! From a loaded model to a running engine.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread;
 
-use cupola_kernels::Error::OutOfMemory;
+use cupola_kernels::cpu::{CpuBackend, CpuConfig, checksum};
+use cupola_kernels::{Backend, Error::OutOfMemory};
 use cupola_models::{Decoder, DecoderLimits, Model};
 
 use crate::detokenizer::TokenText;
@@ -46,8 +48,12 @@ impl Engine {
             kv_type: config.kv_cache_type,
             max_model_len: plan.max_model_len,
         };
+        let backend = match (device, &config.packed_cache) {
+            (Device::Cpu(cpu), Some(folder)) => cpu_with_packed_file(*cpu, folder, model)?,
+            _ => device.backend()?,
+        };
         let mut watch = |layer, layers| tracing::trace!(layer, layers, "weights packed");
-        let decoder = Decoder::load(model, device.backend()?, limits, &mut watch).map_err(|error| match error {
+        let decoder = Decoder::load(model, backend, limits, &mut watch).map_err(|error| match error {
             // On the CPU a plan is an upper bound that the system overrides; on a device it is what was asked for.
             cupola_models::Error::Kernel(source @ OutOfMemory { .. }) if !matches!(device, Device::Cpu(_)) => {
                 // What was allocated is free again, so a new plan says what fits now.
@@ -55,6 +61,9 @@ impl Engine {
             }
             error => error.into(),
         })?;
+        if let Some(error) = decoder.unsaved() {
+            tracing::warn!(%error, "the next start will pack the weights again");
+        }
         tracing::info!(backend = decoder.describe_backend(), bytes = decoder.allocated_bytes(), "model loaded");
         let setup = EngineSetup { text: Arc::new(model.tokenizer.clone()), eos: model.info.eos_tokens.clone(), plan };
         Self::start(Box::new(decoder), setup, config)
@@ -108,4 +117,23 @@ fn out_of_memory(source: cupola_kernels::Error, plan: &MemoryPlan, now: Option<M
     let less = plan.kv_bytes - plan.kv_bytes / LESS;
     let fits = format!("set kv_cache_bytes to at most {}", now.map_or(less, |now| now.kv_bytes.min(less)));
     Error::DeviceMemory { source, plan: plan.to_string(), fits }
+}
+
+/// A CPU backend that takes its weights from the file that `folder` keeps of this model, or writes it.
+fn cpu_with_packed_file(cpu: CpuConfig, folder: &Path, model: &Model) -> Result<Box<dyn Backend>, Error> {
+    let mut backend = CpuBackend::new(cpu)?;
+    let path = packed_file(folder, model);
+    match backend.use_packed_file(path.clone(), model.weights.fingerprint()?) {
+        Ok(()) => tracing::info!(path = %path.display(), "packed weights mapped"),
+        Err(why) => tracing::info!(path = %path.display(), why, "weights are packed, and kept for the next start"),
+    }
+    Ok(Box::new(backend))
+}
+
+/// Where a folder keeps the packed weights of a model: by the name of its file, and a number for the place that it is at.
+fn packed_file(folder: &Path, model: &Model) -> PathBuf {
+    let path = &model.info.path;
+    let place = std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+    let name = path.file_stem().unwrap_or_default().to_string_lossy();
+    folder.join(format!("{name}-{:016x}.packed", checksum(place.to_string_lossy().as_bytes())))
 }

@@ -6,6 +6,7 @@
 
 use std::time::{Duration, Instant};
 
+use cupola_kernels::cpu::roofline::Roofline;
 use cupola_kernels::cpu::{CpuBackend, CpuConfig, default_threads};
 use cupola_kernels::{ActId, Backend, BufferId, Epilogue, LinearId, PartOrder, Result, Rows, WeightPart, WeightType};
 
@@ -40,8 +41,9 @@ fn main() -> Result<()> {
     let asked: Vec<usize> = args.next().iter().flat_map(|list| list.split(',')).flat_map(str::parse).collect();
     let mut backend = CpuBackend::new(CpuConfig { threads: Some(threads), isa: None })?;
     println!("{}", backend.describe());
-    println!("read {:.1} GB/s", read_bandwidth(threads) / 1e9);
-    if let Some(peak) = integer_peak(threads) {
+    let roof = Roofline::measure(backend.isa(), threads)?;
+    println!("read {:.1} GB/s, {:.1} GB/s from L2", roof.read / 1e9, roof.cached_read / 1e9);
+    if let Some(peak) = roof.int8 {
         println!("8-bit multiply-add peak {:.0} GOPS", peak / 1e9);
     }
     println!("{:<18} {:>5} {:>9} {:>8} {:>8}", "weights", "rows", "us", "GOPS", "GB/s");
@@ -93,86 +95,4 @@ fn input(
     let act = backend.alloc_act(rows, cols)?;
     backend.rms_norm(x, Rows::First(rows), (norm, 1e-5), consumer, act)?;
     Ok((act, backend.alloc_buffer(rows, out)?))
-}
-
-/// Best of several passes over memory that no cache holds, in bytes per second.
-fn read_bandwidth(threads: usize) -> f64 {
-    let data = vec![1u64; COLD / size_of::<u64>()];
-    let pass = || {
-        let start = Instant::now();
-        std::thread::scope(|scope| {
-            for part in data.chunks(data.len().div_ceil(threads)) {
-                scope.spawn(move || std::hint::black_box(part.iter().fold(0, |sum: u64, x| sum.wrapping_add(*x))));
-            }
-        });
-        COLD as f64 / start.elapsed().as_secs_f64()
-    };
-    (0..8).map(|_| pass()).fold(0.0, f64::max)
-}
-
-/// Multiplications and additions per second with registers alone, as the products here use them.
-fn integer_peak(threads: usize) -> Option<f64> {
-    let one = |passes: usize| -> Option<usize> {
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512f") {
-                // SAFETY: the features were just detected.
-                return Some(unsafe { x86::dpbusd(passes) });
-            }
-            if is_x86_feature_detected!("avx2") {
-                // SAFETY: the feature was just detected.
-                return Some(unsafe { x86::maddubs(passes) });
-            }
-        }
-        let _ = passes;
-        None
-    };
-    one(1)?;
-    let pass = || {
-        let start = Instant::now();
-        let ops: usize = std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..threads).map(|_| scope.spawn(|| one(2_000_000).unwrap_or(0))).collect();
-            workers.into_iter().map(|worker| worker.join().unwrap_or(0)).sum()
-        });
-        ops as f64 / start.elapsed().as_secs_f64()
-    };
-    Some((0..8).map(|_| pass()).fold(0.0, f64::max))
-}
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use std::arch::x86_64::{
-        _mm256_add_epi16, _mm256_maddubs_epi16, _mm256_set1_epi8, _mm256_setzero_si256, _mm512_dpbusd_epi32,
-        _mm512_set1_epi8, _mm512_setzero_si512,
-    };
-    use std::hint::black_box;
-
-    /// 12 independent chains of multiply-add, 64 operations in each vector of 32 bytes.
-    #[target_feature(enable = "avx2")]
-    pub(super) fn maddubs(passes: usize) -> usize {
-        let (w, x) = (black_box(_mm256_set1_epi8(1)), black_box(_mm256_set1_epi8(2)));
-        let mut sums = [_mm256_setzero_si256(); 12];
-        for _ in 0..passes {
-            for sum in &mut sums {
-                // The product depends on the sum, or else it would be computed once.
-                *sum = _mm256_add_epi16(x, _mm256_maddubs_epi16(*sum, w));
-            }
-        }
-        black_box(sums);
-        passes * 12 * 64
-    }
-
-    /// As [`maddubs`], with the instruction that adds into 32 bits.
-    #[target_feature(enable = "avx512f,avx512vnni")]
-    pub(super) fn dpbusd(passes: usize) -> usize {
-        let (w, x) = (black_box(_mm512_set1_epi8(1)), black_box(_mm512_set1_epi8(2)));
-        let mut sums = [_mm512_setzero_si512(); 12];
-        for _ in 0..passes {
-            for sum in &mut sums {
-                *sum = _mm512_dpbusd_epi32(*sum, w, x);
-            }
-        }
-        black_box(sums);
-        passes * 12 * 128
-    }
 }

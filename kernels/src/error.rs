@@ -61,6 +61,14 @@ pub enum Error {
         /// The driver's name and text of the error.
         why: String,
     },
+    /// A file of packed weights that could not be written.
+    #[error("cannot write packed weights to {path}: {source}")]
+    PackedFile {
+        /// The file.
+        path: std::path::PathBuf,
+        /// Cause.
+        source: std::io::Error,
+    },
     /// A file that could not be mapped.
     #[error("cannot map {path}: {source}")]
     Map {

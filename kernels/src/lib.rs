@@ -24,6 +24,8 @@ pub mod error;
 pub mod format;
 pub mod kv;
 pub mod memory;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 pub use error::{Error, Result};
 pub use format::WeightType;
@@ -226,6 +228,14 @@ pub trait Backend: Send {
     /// [`Error::UnsupportedWeight`] names a type or shape that has no kernel; [`Error::Shape`] a length that does not
     /// match its shape.
     fn load_linear(&mut self, parts: &[WeightPart<'_>], order: PartOrder, bias: Option<&[f32]>) -> Result<LinearId>;
+
+    /// Says that the last matrix was loaded: what is kept for the next start is written now.
+    ///
+    /// # Errors
+    /// [`Error::PackedFile`]; the backend works all the same.
+    fn weights_loaded(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// Builds a rotary table from `rotary_dim / 2` inverse frequencies; cosines and sines are multiplied by `scale`.
     fn load_rope(&mut self, inv_freq: &[f64], scale: f64, max_positions: usize) -> Result<RopeId>;

@@ -63,6 +63,7 @@ pub struct Decoder {
     arenas: Arenas,
     last: LastRows,
     argmax: Vec<u32>,
+    unsaved: Option<cupola_kernels::Error>,
 }
 
 struct Layer {
@@ -126,6 +127,7 @@ impl Decoder {
             layers.push(loader.layer(i)?);
             progress(i + 1, spec.layers);
         }
+        let unsaved = backend.weights_loaded().err();
 
         let positions = limits.max_model_len;
         let rope = backend.load_rope(&spec.rope.inv_freq, spec.rope.scale, positions)?;
@@ -149,7 +151,13 @@ impl Decoder {
             arenas,
             last: LastRows::with_capacity(limits.max_batch_tokens),
             argmax: Vec::with_capacity(limits.max_batch_tokens),
+            unsaved,
         })
+    }
+
+    /// Why packed weights could not be kept for the next start, if they were to be.
+    pub fn unsaved(&self) -> Option<&cupola_kernels::Error> {
+        self.unsaved.as_ref()
     }
 
     /// Shape of this model.

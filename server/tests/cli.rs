@@ -260,6 +260,29 @@ fn run_answers_a_prompt_from_argument_or_pipe() {
 }
 
 #[test]
+fn packed_weights_are_kept_mapped_and_never_trusted() {
+    let folder = scratch("packed-cache").join("kept");
+    let args = ["run", tiny_model(), "hello", "--temperature", "0", "--max-tokens", "8", "--packed-cache"];
+    let answer = || stdout(&run(&[&args[..], &[folder.to_str().expect("UTF-8")]].concat()));
+    let plain = stdout(&run(&args[..args.len() - 1]));
+    assert_eq!(answer(), plain, "packed by this start");
+    let files: Vec<PathBuf> =
+        std::fs::read_dir(&folder).expect("made").map(|entry| entry.expect("readable").path()).collect();
+    let [file] = &files[..] else { panic!("one file, got {files:?}") };
+    let (whole, written) =
+        (std::fs::read(file).expect("written"), std::fs::metadata(file).expect("there").modified().ok());
+    assert_eq!(answer(), plain, "mapped by this start");
+    assert_eq!(std::fs::metadata(file).expect("there").modified().ok(), written, "and not written again");
+    let mut damaged = whole.clone();
+    *damaged.last_mut().expect("not empty") ^= 1;
+    let at = damaged.len() / 2;
+    damaged[at] ^= 1;
+    std::fs::write(file, &damaged).expect("writable");
+    assert_eq!(answer(), plain, "damaged");
+    assert!(std::fs::read(file).expect("there") == whole, "and made anew");
+}
+
+#[test]
 fn a_base_model_says_that_it_has_no_chat_template() {
     let flags = ["--temperature", "0", "--max-tokens", "4"];
     let call = |more: &[&str]| {

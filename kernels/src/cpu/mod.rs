@@ -16,8 +16,10 @@ mod attention;
 mod gemm;
 mod isa;
 mod norm;
+mod packed;
 mod pool;
 mod products;
+pub mod roofline;
 pub(crate) mod rope;
 mod simd;
 pub(crate) mod spans;
@@ -27,6 +29,7 @@ mod weights;
 #[cfg(test)]
 pub(crate) mod tests;
 
+use std::path::PathBuf;
 use std::sync::Mutex;
 
 use self::act::{Act, Form};
@@ -43,6 +46,7 @@ use crate::{
 };
 
 pub use isa::{ISA_VARIABLE, Isa};
+pub use packed::checksum;
 pub use threads::default_threads;
 
 /// Settings of a [`CpuBackend`].
@@ -132,6 +136,16 @@ impl CpuBackend {
         })
     }
 
+    /// Takes packed weights from the file at `path` where it holds those of `source`, a number that stands for the model's
+    /// files; otherwise weights are packed, and [`Backend::weights_loaded`] writes the file. To be called before the first
+    /// matrix is loaded.
+    ///
+    /// # Errors
+    /// Why the file cannot be used as it is (such as that there is none), as a clause. Nothing is lost by it.
+    pub fn use_packed_file(&mut self, path: PathBuf, source: u64) -> std::result::Result<(), String> {
+        self.store.use_file(path, source, &mut self.machine.pool)
+    }
+
     /// The instruction set in use.
     pub fn isa(&self) -> Isa {
         self.machine.isa
@@ -207,6 +221,10 @@ impl Backend for CpuBackend {
         let id = LinearId(next_id(&self.linears));
         self.linears.push(linear);
         Ok(id)
+    }
+
+    fn weights_loaded(&mut self) -> Result<()> {
+        self.store.loaded(&mut self.machine.pool)
     }
 
     fn load_rope(&mut self, inv_freq: &[f64], scale: f64, max_positions: usize) -> Result<RopeId> {

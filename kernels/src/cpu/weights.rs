@@ -3,16 +3,19 @@
 //! ```text
 //!   Linear   parts ── each: rows of one type ──> panels of 16 rows, the last one padded with zero rows
 //!   Store    chunks of 32 MiB in huge pages  [ panels of matrix 0 | panels of matrix 1 | ... ]
+//!            or one mapped file of panels that were packed before: see `packed`
 //! ```
 //!
 //! Matrices follow each other in load order, which is the order of use: prefetching past the end of one reads the next.
 
-use std::ops::Range;
+use std::ops::{Deref, Range};
+use std::path::PathBuf;
 
 use super::act::Form;
+use super::packed::{self, Reader, Written};
 use super::pool::Pool;
 use crate::format::pack::{PANEL, pack_panel, panel_bytes};
-use crate::memory::{ALIGN, Arena, SharedMut};
+use crate::memory::{ALIGN, Arena, MappedFile, SharedMut};
 use crate::{Error, PartOrder, Result, WeightPart, WeightType};
 
 /// Bytes of an ordinary chunk of the store.
@@ -26,10 +29,44 @@ pub(super) struct Place {
     len: usize,
 }
 
+/// A piece of the store.
+enum Chunk {
+    /// Packed by this process.
+    Own(Arena<u8>),
+    /// Packed before.
+    File(MappedFile),
+}
+
+impl Deref for Chunk {
+    type Target = [u8];
+
+    #[inline(always)]
+    fn deref(&self) -> &[u8] {
+        match self {
+            Chunk::Own(arena) => arena,
+            Chunk::File(file) => file.bytes(),
+        }
+    }
+}
+
+/// A file of packed weights that the store reads from, or will be written to.
+struct Cache {
+    path: PathBuf,
+    /// What the weights are packed from.
+    source: u64,
+    /// What the file holds, if it is whole.
+    reader: Option<Reader>,
+    /// Everything in the store, in load order: type, rows, columns, sample of the source.
+    parts: Vec<(WeightType, usize, usize, u64, Place)>,
+    /// Something had to be packed.
+    stale: bool,
+}
+
 /// The memory of all packed weights.
 #[derive(Default)]
 pub(super) struct Store {
-    chunks: Vec<Arena<u8>>,
+    chunks: Vec<Chunk>,
+    cache: Option<Cache>,
     /// Bytes in use of the last chunk.
     used: usize,
     /// Bytes in use of all chunks.
@@ -39,7 +76,7 @@ pub(super) struct Store {
 impl Store {
     fn reserve(&mut self, len: usize) -> Result<Place> {
         if self.chunks.last().is_none_or(|chunk| chunk.len() - self.used < len) {
-            self.chunks.push(Arena::zeroed(len.max(CHUNK), "packed weights")?);
+            self.chunks.push(Chunk::Own(Arena::zeroed(len.max(CHUNK), "packed weights")?));
             self.used = 0;
         }
         let place = Place { chunk: self.chunks.len() - 1, offset: self.used, len };
@@ -47,6 +84,71 @@ impl Store {
         self.total += (used - self.used) as u64;
         self.used = used;
         Ok(place)
+    }
+
+    /// Takes weights from the file at `path` as long as it holds them, and makes it hold them at [`Store::loaded`]. Before
+    /// the first matrix.
+    ///
+    /// # Errors
+    /// Why the file cannot be used as it is, as a clause.
+    pub(super) fn use_file(&mut self, path: PathBuf, source: u64, pool: &mut Pool) -> std::result::Result<(), String> {
+        let opened = Reader::open(&path, source, pool);
+        let (reader, result) = match opened {
+            Ok((reader, file)) => {
+                self.used = file.bytes().len();
+                self.chunks.push(Chunk::File(file));
+                (Some(reader), Ok(()))
+            }
+            Err(why) => (None, Err(why)),
+        };
+        self.cache = Some(Cache { path, source, stale: reader.is_none(), reader, parts: Vec::new() });
+        result
+    }
+
+    /// All matrices are there: writes the file if it did not hold just these.
+    ///
+    /// # Errors
+    /// [`Error::PackedFile`]; the store is as good without the file.
+    pub(super) fn loaded(&mut self, pool: &mut Pool) -> Result<()> {
+        let Some(cache) = self.cache.take() else { return Ok(()) };
+        if !cache.stale && cache.reader.is_some_and(|reader| reader.is_used_up()) {
+            return Ok(());
+        }
+        let written = |&(ty, rows, cols, sample, place): &(_, _, _, _, Place)| Written {
+            ty,
+            rows,
+            cols,
+            sample,
+            panels: self.bytes(place),
+        };
+        let parts: Vec<Written<'_>> = cache.parts.iter().map(written).collect();
+        packed::save(&cache.path, cache.source, &parts, pool)
+    }
+
+    /// Where the file has the panels of a part; the next call is for the next part.
+    fn cached(&mut self, part: &WeightPart<'_>) -> Option<Place> {
+        let cache = self.cache.as_mut()?;
+        let found = cache.reader.as_mut()?.take(part);
+        cache.stale |= found.is_none();
+        let entry = found?;
+        self.total += entry.len.next_multiple_of(ALIGN) as u64;
+        // The file's chunk is the first one.
+        Some(Place { chunk: 0, offset: entry.offset, len: entry.len })
+    }
+
+    /// Remembers a part for [`Store::loaded`].
+    fn note(&mut self, part: &WeightPart<'_>, place: Place) {
+        if let Some(cache) = &mut self.cache {
+            cache.parts.push((part.ty, part.rows, part.cols, packed::sample(part.data), place));
+        }
+    }
+
+    /// Bytes of a place that was reserved.
+    fn reserved(&mut self, place: Place) -> &mut [u8] {
+        match &mut self.chunks[place.chunk] {
+            Chunk::Own(arena) => &mut arena[place.offset..][..place.len],
+            Chunk::File(_) => unreachable!("`reserve` gives places in arenas"),
+        }
     }
 
     #[inline(always)]
@@ -259,8 +361,13 @@ fn pack_part(store: &mut Store, pool: &mut Pool, part: &WeightPart<'_>, first: u
     let panels = rows.div_ceil(PANEL);
     let len =
         panels.checked_mul(panel_bytes).ok_or(Error::OutOfMemory { bytes: usize::MAX, what: "packed weights" })?;
+    if let Some(place) = store.cached(part) {
+        store.note(part, place);
+        return Ok(Part { ty, rows, first, place, panel_bytes });
+    }
     let place = store.reserve(len)?;
-    let target = SharedMut::new(&mut store.chunks[place.chunk][place.offset..][..len]);
+    store.note(part, place);
+    let target = SharedMut::new(store.reserved(place));
     pool.run(panels, &|panel, _worker| {
         let source = &data[panel * source_bytes..data.len().min((panel + 1) * source_bytes)];
         // SAFETY: each chunk of the job writes the panel of its own index.

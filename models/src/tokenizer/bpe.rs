@@ -153,10 +153,15 @@ impl ByteAlphabet {
         Self { bytes }
     }
 
+    /// The byte that a character stands for, if any.
+    pub(super) fn byte(&self, c: char) -> Option<u8> {
+        *self.bytes.get(c as usize)?
+    }
+
     /// Bytes that a token's text stands for; `None` when it has a character outside of the alphabet.
     pub(super) fn decode(&self, text: &str, out: &mut Vec<u8>) -> Option<()> {
         for c in text.chars() {
-            out.push((*self.bytes.get(c as usize)?)?);
+            out.push(self.byte(c)?);
         }
         Some(())
     }

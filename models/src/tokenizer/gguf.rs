@@ -3,12 +3,13 @@
 use std::borrow::Cow;
 
 use tokenizers::AddedToken;
-use tokenizers::models::bpe::{BPE, Merges, Vocab};
+use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::NFC;
 
 use super::bpe::{ByteAlphabet, pre_tokenizer};
+use super::merges::Merges;
 use super::spm::{self, Pieces, Role};
-use super::{MAX_VOCAB, Specials, TokenTable, Tokenizer, library};
+use super::{Joining, MAX_VOCAB, Specials, TokenTable, Tokenizer, library};
 use crate::error::{Error, Result};
 use crate::weights::gguf::Gguf;
 
@@ -96,12 +97,11 @@ fn kind(number: f64) -> Kind {
 }
 
 impl Entries<'_> {
-    fn vocab(&self) -> Vocab {
-        let mut vocab = Vocab::with_capacity(self.texts.len());
-        for (id, text) in (0..).zip(&self.texts) {
-            vocab.entry(text.clone().into_owned()).or_insert(id);
-        }
-        vocab
+    /// A model of the library that knows the added tokens: it cuts them out, and needs to know no others.
+    fn added_only(&self) -> Result<BPE> {
+        let mut vocab = Vocab::new();
+        self.added().for_each(|(id, token)| _ = *vocab.entry(token.content).or_insert(id));
+        BPE::builder().vocab_and_merges(vocab, Vec::new()).build().map_err(library)
     }
 
     /// Tokens that are cut out of a text before anything else happens to it, with their ids.
@@ -141,30 +141,7 @@ fn byte_level(gguf: &Gguf, entries: &Entries<'_>) -> Result<Tokenizer> {
     let pre = pre_tokenizer(gguf.text("tokenizer.ggml.pre")?.unwrap_or("default"))?;
     let key = "tokenizer.ggml.merges";
     let lines = gguf.texts(key)?.ok_or_else(|| gguf.missing(key))?;
-    // The library joins both halves in a buffer of the longest token's size.
-    let longest = entries.texts.iter().map(|text| text.len()).max().unwrap_or(0);
-    let mut merges = Merges::with_capacity(lines.len().min(4 * MAX_VOCAB));
-    for line in lines {
-        let halves = std::str::from_utf8(line).ok().and_then(|line| {
-            // A half may itself begin with a space.
-            let at = line.char_indices().skip(1).find(|(_, c)| *c == ' ')?.0;
-            Some((&line[..at], &line[at + 1..]))
-        });
-        match halves {
-            Some((left, right)) if left.len() + right.len() <= longest => {
-                merges.push((left.to_owned(), right.to_owned()))
-            }
-            _ => {
-                let line = String::from_utf8_lossy(line);
-                return Err(Error::Tokenizer(format!("merge {line:?} does not join two tokens into a third")));
-            }
-        }
-    }
-    let model = BPE::builder()
-        .vocab_and_merges(entries.vocab(), merges)
-        .ignore_merges(pre.whole_words)
-        .build()
-        .map_err(library)?;
+    let model = entries.added_only()?;
     let mut pipeline = tokenizers::Tokenizer::new(model);
     if pre.nfc {
         pipeline.with_normalizer(Some(NFC)).map_err(library)?;
@@ -181,17 +158,15 @@ fn byte_level(gguf: &Gguf, entries: &Entries<'_>) -> Result<Tokenizer> {
         }
         bytes
     })?;
+    let merges = Merges::new(&table, entries.texts.iter().map(AsRef::as_ref), lines, pre.whole_words)?;
     let specials = specials(gguf, entries, pre.bos)?;
-    Ok(Tokenizer::new(pipeline, table, None, specials, false))
+    Ok(Tokenizer::new(pipeline, table, Joining::Merges(Box::new(merges)), specials, false))
 }
 
 fn sentence_piece(gguf: &Gguf, entries: &Entries<'_>) -> Result<Tokenizer> {
     let scores = entries.scores.as_ref().ok_or_else(|| gguf.missing("tokenizer.ggml.scores"))?;
     let leading_space = gguf.boolean("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
-    // The library cuts out the added tokens and needs to know no others.
-    let mut vocab = Vocab::new();
-    entries.added().for_each(|(id, token)| _ = *vocab.entry(token.content).or_insert(id));
-    let model = BPE::builder().vocab_and_merges(vocab, Merges::new()).build().map_err(library)?;
+    let model = entries.added_only()?;
     let mut pipeline = tokenizers::Tokenizer::new(model);
     pipeline.add_special_tokens(entries.added().map(|(_, token)| token)).map_err(library)?;
 
@@ -207,7 +182,7 @@ fn sentence_piece(gguf: &Gguf, entries: &Entries<'_>) -> Result<Tokenizer> {
     });
     let pieces = Pieces::new(&table, roles, leading_space);
     let specials = specials(gguf, entries, true)?;
-    Ok(Tokenizer::new(pipeline, table, Some(pieces), specials, leading_space))
+    Ok(Tokenizer::new(pipeline, table, Joining::Pieces(Box::new(pieces)), specials, leading_space))
 }
 
 /// Reads which tokens begin and end texts; `bos_by_default` where the file does not say whether to add BOS.

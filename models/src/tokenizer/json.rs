@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::bpe::ByteAlphabet;
-use super::{MAX_VOCAB, Specials, TokenTable, Tokenizer, library, spm};
+use super::{Joining, MAX_VOCAB, Specials, TokenTable, Tokenizer, library, spm};
 use crate::config::{HfConfig, read_bounded};
 use crate::error::{Error, Result};
 
@@ -45,7 +45,7 @@ pub(crate) fn from_json(json: &[u8], path: &Path, settings: Option<&HfConfig>, e
     let table = table(&pipeline, spelling, path)?;
     let specials = specials(&pipeline, settings, eos)?;
     let strips = spelling == Spelling::SentencePiece { strips_leading_space: true };
-    Ok(Tokenizer::new(pipeline, table, None, specials, strips))
+    Ok(Tokenizer::new(pipeline, table, Joining::Library, specials, strips))
 }
 
 /// Finds out from the decoder how entries are spelt.

@@ -2,12 +2,12 @@
 //!
 //! ```text
 //!   tokenizer.json  --json--> \                         encode   special tokens cut out -> normalise -> split -> BPE
-//!                               pipeline + token table           (SentencePiece from GGUF: -> joined by score)
+//!                               pipeline + token table           (from GGUF: -> joined by our own, from the table)
 //!   GGUF keys       --gguf--> /                         decode   token table only: the bytes each token stands for
 //! ```
 //!
-//! Encoding is the work of the `tokenizers` crate, but for the joining of SentencePiece vocabularies, which come with
-//! scores where the crate wants a list of merges (see `spm.rs`). Decoding is ours: every token stands for fixed bytes, so an answer is
+//! Encoding is the work of the `tokenizers` crate, but for the joining of GGUF files' vocabularies: what the crate needs for
+//! it takes longer to build than all else at start (see `merges.rs`), or is not there at all (see `spm`). Decoding is ours: every token stands for fixed bytes, so an answer is
 //! the concatenation of its tokens' bytes, and a character split over tokens is put together by whoever holds them.
 
 use std::ops::Range;
@@ -19,7 +19,9 @@ use crate::error::{Error, Result};
 
 pub(crate) mod bpe;
 mod gguf;
+mod index;
 mod json;
+mod merges;
 mod spm;
 #[cfg(test)]
 mod tests;
@@ -39,12 +41,21 @@ struct Inner {
     /// The added tokens of `pipeline`, but blind to special ones: for text that must not smuggle any in.
     plain: AddedVocabulary,
     table: TokenTable,
-    /// Present: it takes the place of the pipeline's normalizer, splitter and model.
-    pieces: Option<spm::Pieces>,
+    joining: Joining,
     specials: Specials,
     /// Spellings of special tokens, the longest first, and the bytes that any of them begins with.
     special_texts: (Vec<String>, Vec<u8>),
     strips_leading_space: bool,
+}
+
+/// Who joins what a text was split into.
+enum Joining {
+    /// The pipeline's model.
+    Library,
+    /// By score; it takes the place of the pipeline's normalizer and splitter too.
+    Pieces(Box<spm::Pieces>),
+    /// By a list of merges.
+    Merges(Box<merges::Merges>),
 }
 
 /// A piece of a text to encode.
@@ -105,18 +116,18 @@ impl TokenTable {
 }
 
 impl Tokenizer {
-    /// With `pieces`, text between the added tokens of `pipeline` is their work.
+    /// `joining` has the text between the added tokens of `pipeline`.
     fn new(
         pipeline: tokenizers::Tokenizer,
         table: TokenTable,
-        pieces: Option<spm::Pieces>,
+        joining: Joining,
         specials: Specials,
         strips_leading_space: bool,
     ) -> Self {
         let mut plain = pipeline.get_added_vocabulary().clone();
         plain.set_encode_special_tokens(true);
         let special_texts = special_texts(&table);
-        Self(Arc::new(Inner { pipeline, plain, table, pieces, specials, special_texts, strips_leading_space }))
+        Self(Arc::new(Inner { pipeline, plain, table, joining, specials, special_texts, strips_leading_space }))
     }
 
     /// Token ids of a text in which the text of a special token means that token. With `add_special_tokens` the
@@ -212,8 +223,11 @@ impl Tokenizer {
     /// The id of a token by its text in the vocabulary.
     pub fn token_id(&self, text: &str) -> Option<u32> {
         let inner = &*self.0;
-        let piece = || inner.pieces.as_ref()?.token_id(&inner.table, text);
-        inner.pipeline.token_to_id(text).or_else(piece)
+        inner.pipeline.token_to_id(text).or_else(|| match &inner.joining {
+            Joining::Library => None,
+            Joining::Pieces(pieces) => pieces.token_id(&inner.table, text),
+            Joining::Merges(merges) => merges.token_id(&inner.table, text),
+        })
     }
 
     /// True when the first token of a text begins with a space that is not in the text (SentencePiece).
@@ -230,12 +244,22 @@ impl std::fmt::Debug for Tokenizer {
 
 impl Inner {
     fn run(&self, added: &AddedVocabulary, text: &str) -> Result<Vec<u32>> {
-        if let Some(pieces) = &self.pieces {
+        if let Joining::Pieces(pieces) = &self.joining {
             return self.run_pieces(pieces, added, text);
         }
         let mut pieces = added.extract_and_normalize(self.pipeline.get_normalizer(), text);
         if let Some(splitter) = self.pipeline.get_pre_tokenizer() {
             splitter.pre_tokenize(&mut pieces).map_err(library)?;
+        }
+        if let Joining::Merges(merges) = &self.joining {
+            let mut ids = Vec::with_capacity(text.len() / 4);
+            for (word, _, tokens) in pieces.get_splits(OffsetReferential::Original, OffsetType::None) {
+                match tokens {
+                    Some(tokens) => ids.extend(tokens.iter().map(|token| token.id)),
+                    None => merges.encode(&self.table, word, &mut ids),
+                }
+            }
+            return Ok(ids);
         }
         let model = self.pipeline.get_model();
         pieces.tokenize(|piece| model.tokenize(piece.get())).map_err(library)?;

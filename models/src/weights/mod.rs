@@ -12,6 +12,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
 
 use cupola_kernels::memory::MappedFile;
 use cupola_kernels::{WeightPart, WeightType};
@@ -71,6 +72,23 @@ impl Weights {
     /// The file that messages about these tensors name: the only one, or the first of several.
     pub fn path(&self) -> &Path {
         self.files.first().map_or(Path::new(""), |(path, _)| path)
+    }
+
+    /// A number that stands for these files as they are now: their sizes and times of change.
+    ///
+    /// # Errors
+    /// [`Error::Io`] for a file that is gone.
+    pub fn fingerprint(&self) -> Result<u64> {
+        let mut facts = Vec::new();
+        for (path, _) in &self.files {
+            let io = |source| Error::Io { path: path.clone(), source };
+            let metadata = std::fs::metadata(path).map_err(io)?;
+            // A file without a time, or from before 1970, has only its size.
+            let changed = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+            facts.extend(metadata.len().to_le_bytes());
+            facts.extend(changed.map_or(0, |time| time.as_nanos()).to_le_bytes());
+        }
+        Ok(cupola_kernels::cpu::checksum(&facts))
     }
 
     /// Names of all tensors, sorted.

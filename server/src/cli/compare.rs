@@ -10,7 +10,7 @@ use super::bench::{ShapeArgs, at_least_one};
 use super::date::Utc;
 use super::engine_args::{DEFAULT_MODEL, resolve};
 use super::error::Error;
-use crate::bench::compare::engine::{self, Common, Peer};
+use crate::bench::compare::engine::{self, Common, Peer, Setting};
 use crate::bench::compare::record::{Record, Sample, metric_of};
 use crate::bench::compare::summary::Summary;
 use crate::bench::compare::{CompareError, Watch, kernel, plot as picture, serve};
@@ -30,13 +30,14 @@ struct CommonArgs {
     /// A name of `cupola models`, hf:ORG/REPO[:FILE][@REVISION], pypi:PACKAGE[==VERSION][:FILE], or a path
     #[arg(long, short = 'm', default_value = DEFAULT_MODEL)]
     model: String,
-    /// Whom to compare with: llama.cpp[=FOLDER of its programs], vllm[=PROGRAM], or [NAME=]URL of a running server; may be
-    /// given several times
+    /// Whom to compare with: llama.cpp[=FOLDER of its programs], vllm[=PROGRAM or Python], [NAME=]URL of a running server, or
+    /// NAME=cmd:COMMAND LINE that starts one, with {port}, {model}, {threads}, {requests} and {tokens} in it; may be given
+    /// several times
     #[arg(long, value_name = "PEER", required = true)]
     peer: Vec<Peer>,
-    /// The same model in another format, for peers that cannot read ours
-    #[arg(long, value_name = "PATH")]
-    peer_model: Option<PathBuf>,
+    /// The same model in another format, for peers that cannot read ours: all of them, or the one of that name
+    #[arg(long, value_name = "[NAME=]PATH")]
+    peer_model: Vec<String>,
     /// Turns of each engine
     #[arg(long, default_value = "5", value_parser = at_least_one)]
     rounds: usize,
@@ -46,10 +47,13 @@ struct CommonArgs {
     /// More arguments for Cupola, separated by spaces
     #[arg(long, value_name = "ARGS", allow_hyphen_values = true, default_value = "", hide_default_value = true)]
     cupola_args: String,
-    /// More arguments for the peers that are started, separated by spaces
-    #[arg(long, value_name = "ARGS", allow_hyphen_values = true, default_value = "", hide_default_value = true)]
-    peer_args: String,
-    /// Write every value to this CSV file, and a picture of them beside it
+    /// More arguments for the peers that are started, separated by spaces: for all of them, or the one of that name
+    #[arg(long, value_name = "[NAME=]ARGS", allow_hyphen_values = true)]
+    peer_args: Vec<String>,
+    /// More environment for the peers that are started: for all of them, or the one of that name
+    #[arg(long, value_name = "[NAME=]KEY=VALUE")]
+    peer_env: Vec<String>,
+    /// Write every value to this CSV file after each turn, and a picture of them beside it
     #[arg(long, value_name = "FILE.csv")]
     record: Option<PathBuf>,
     /// Print JSON and not the table
@@ -79,6 +83,10 @@ pub(crate) struct KernelArgs {
 Examples:
   cupola bench compare serve --peer llama.cpp=llama.cpp/build/bin --concurrency 1,16 --burst 16 -t 2 --rounds 3
   cupola bench compare serve --peer sglang=http://127.0.0.1:30000 --concurrency 8
+  cupola bench compare serve --peer llama.cpp=llama.cpp/build/bin --peer vllm=venv/bin/vllm --peer-model vllm=model-bf16 \
+      --peer-args 'vllm=--dtype bfloat16' --concurrency 1,4,16,32 --burst 16 --shared-prefix 8
+
+With --shared-prefix, twice as many requests as run at once begin with the same tokens, which no request had before.
 
 Each engine is started for its turn (but one given by URL), with room for the most requests at once, and stopped after it.
 Every engine gets the same prompts; each round and workload has others. `load` is the time from the start of the process to
@@ -107,6 +115,18 @@ pub(crate) struct ServeArgs {
     /// Tokens at the start of every prompt that all share
     #[arg(long, default_value_t = 0, value_name = "TOKENS")]
     random_prefix_len: usize,
+    /// Requests at once that share a beginning which nobody has computed yet; one workload each, 0 for none
+    #[arg(long, default_value = "0", value_delimiter = ',', value_name = "LIST")]
+    shared_prefix: Vec<usize>,
+    /// Tokens that the prompts of --shared-prefix share
+    #[arg(long, default_value = "512", value_name = "TOKENS", value_parser = at_least_one)]
+    shared_prefix_len: usize,
+    /// Prompt tokens of each request's own with --shared-prefix
+    #[arg(long, default_value = "32", value_name = "TOKENS", value_parser = at_least_one)]
+    shared_prefix_input_len: usize,
+    /// Tokens to generate with --shared-prefix
+    #[arg(long, default_value = "32", value_name = "TOKENS", value_parser = at_least_one)]
+    shared_prefix_output_len: usize,
     /// Give a server up that does not answer after this long
     #[arg(long, default_value_t = 600, value_name = "SECONDS")]
     start_timeout: u32,
@@ -130,23 +150,31 @@ pub(crate) struct PlotArgs {
 
 impl CommonArgs {
     fn common(&self) -> Result<Common, Error> {
-        let words = |text: &str| text.split_whitespace().map(str::to_owned).collect();
+        let settings = |texts: &[String]| texts.iter().map(|text| Setting::parse(text, &self.peer)).collect::<Vec<_>>();
+        let peer_env = settings(&self.peer_env);
+        if let Some(wrong) = peer_env.iter().find(|setting| !setting.value.contains('=')) {
+            return Err(Error::Usage(format!("expected --peer-env [NAME=]KEY=VALUE, got {:?}", wrong.value)));
+        }
         Ok(Common {
             model: resolve(&self.model)?.path,
-            peer_model: self.peer_model.clone(),
+            peer_models: settings(&self.peer_model),
             cupola: std::env::current_exe().map_err(Error::io("find this program"))?,
             threads: self.threads.unwrap_or_else(cupola_kernels::cpu::default_threads),
             rounds: self.rounds,
-            cupola_args: words(&self.cupola_args),
-            peer_args: words(&self.peer_args),
+            cupola_args: self.cupola_args.split_whitespace().map(str::to_owned).collect(),
+            peer_args: settings(&self.peer_args),
+            peer_env,
         })
     }
 }
 
-/// Shows values on standard error as they come.
-struct Shown;
+/// Shows values on standard error as they come, and keeps the record up to date.
+struct Shown<'a> {
+    head: &'a str,
+    record: Option<&'a Path>,
+}
 
-impl Watch for Shown {
+impl Watch for Shown<'_> {
     fn sample(&mut self, sample: &Sample) {
         let (metric, label) = metric_of(&sample.test);
         let Sample { round, engine, value, .. } = sample;
@@ -156,6 +184,15 @@ impl Watch for Shown {
     fn note(&mut self, text: &str) {
         // A closed standard error must not end a measurement.
         drop(writeln!(std::io::stderr(), "{}", text.trim_end()));
+    }
+
+    fn turn_ended(&mut self, samples: &[Sample]) {
+        let Some(path) = self.record else { return };
+        let record = Record { head: self.head.to_owned(), samples: samples.to_vec() };
+        // The last write of a run reports its failure; one that fails now may still work then.
+        if let Err(error) = write_file(path, &record.csv()) {
+            self.note(&error.to_string());
+        }
     }
 }
 
@@ -183,12 +220,13 @@ pub(crate) fn run(command: &CompareCommand, out: &mut dyn Write) -> Result<(), E
     let record = runtime.block_on(async {
         let mut signals = Signals::listen().map_err(Error::io("listen for Ctrl-C"))?;
         let compared = async {
-            let head = head(&common, engine::versions(&args.peer).await);
+            let head = head(&common, engine::versions(&args.peer, &common).await);
+            let mut shown = Shown { head: &head, record: args.record.as_deref() };
             let samples = match command {
                 CompareCommand::Kernel(args) => {
-                    kernel::run(&common, &args.common.peer, &args.cases()?, &mut Shown).await
+                    kernel::run(&common, &args.common.peer, &args.cases()?, &mut shown).await
                 }
-                CompareCommand::Serve(args) => serve::run(&common, &args.common.peer, &args.load()?, &mut Shown).await,
+                CompareCommand::Serve(args) => serve::run(&common, &args.common.peer, &args.load()?, &mut shown).await,
             }
             .map_err(|error: CompareError| Error::Failed(error.to_string()))?;
             Ok(Record { head, samples })
@@ -232,9 +270,10 @@ impl KernelArgs {
 impl ServeArgs {
     fn load(&self) -> Result<serve::Load, Error> {
         let some = |list: &[usize]| list.iter().copied().filter(|n| *n > 0).collect::<Vec<_>>();
-        let (concurrency, bursts) = (some(&self.concurrency), some(&self.burst));
-        if concurrency.is_empty() && bursts.is_empty() {
-            return Err(Error::Usage("nothing to measure: --concurrency and --burst are both 0".to_owned()));
+        let (concurrency, bursts, shared) = (some(&self.concurrency), some(&self.burst), some(&self.shared_prefix));
+        if concurrency.is_empty() && bursts.is_empty() && shared.is_empty() {
+            let why = "nothing to measure: --concurrency, --burst and --shared-prefix are all 0";
+            return Err(Error::Usage(why.to_owned()));
         }
         Ok(serve::Load {
             concurrency,
@@ -244,6 +283,12 @@ impl ServeArgs {
             input_len: self.random_input_len,
             output_len: self.random_output_len,
             prefix_len: self.random_prefix_len,
+            shared: serve::SharedPrefix {
+                concurrency: shared,
+                prefix_len: self.shared_prefix_len,
+                input_len: self.shared_prefix_input_len,
+                output_len: self.shared_prefix_output_len,
+            },
             start_timeout: Duration::from_secs(self.start_timeout.into()),
             request_timeout: Duration::from_secs(self.request_timeout.into()),
             api_key: self.api_key.clone().filter(|key| !key.is_empty()),

@@ -80,6 +80,9 @@ pub(crate) struct EngineArgs {
     /// Worker threads [default: one a physical core this process may use]
     #[arg(long, short = 't', value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Keep packed weights in this folder, and map them at the next start instead of packing them again
+    #[arg(long, value_name = "DIR")]
+    packed_cache: Option<PathBuf>,
     /// A Jinja chat template to use instead of the model's own
     #[arg(long, value_name = "FILE")]
     chat_template: Option<PathBuf>,
@@ -114,6 +117,7 @@ impl EngineArgs {
             gpu_memory_utilization: self.gpu_memory_utilization.unwrap_or(default.gpu_memory_utilization),
             kv_cache_type: self.kv_cache_dtype.into(),
             max_queued_requests: or(self.max_queued_requests, 4 * max_num_seqs),
+            packed_cache: self.packed_cache.clone(),
             enable_prefix_caching: self.enable_prefix_caching || !self.no_enable_prefix_caching,
             ..default
         }

@@ -63,18 +63,27 @@ fn a_running_server_is_compared_under_the_same_load() {
     let peer = Served::start(&["--max-num-seqs", "2"]);
     let args = ["bench", "compare", "serve", "-m", tiny_model(), "--rounds", "1", "-t", "1", "--json"];
     let load = ["--concurrency", "2", "--burst", "3", "--random-input-len", "12", "--random-output-len", "4"];
-    let output = run(&[&args[..], &load, &["--peer", &format!("other={}", peer.url)]].concat());
+    let shared = ["--shared-prefix", "2", "--shared-prefix-len", "40", "--shared-prefix-input-len", "5"];
+    let shared = [&shared[..], &["--shared-prefix-output-len", "3"]].concat();
+    let record = scratch("compare-serve").join("record.csv");
+    let record = record.to_str().expect("UTF-8");
+    let peers = ["--peer", &format!("other={}", peer.url), "--record", record];
+    let output = run(&[&args[..], &load, &shared, &peers].concat());
     let json: Value = serde_json::from_str(&stdout(&output)).expect("JSON");
     assert_eq!(json["engines"], serde_json::json!(["cupola", "other"]));
     let tests = json["tests"].as_array().expect("tests");
     let row = |name: &str| tests.iter().find(|row| row["test"] == name).unwrap_or_else(|| panic!("{name} in {json:#}"));
-    for workload in ["c2", "burst3"] {
+    for workload in ["c2", "burst3", "shared40 c2"] {
         assert_eq!(row(&format!("{workload} failed"))["engines"]["other"]["max"], 0.0);
         for metric in ["output_throughput", "median_ttft_ms", "median_itl_ms"] {
             let row = row(&format!("{workload} {metric}"));
             assert!(row["ratios"]["other"]["median"].as_f64().expect("a ratio") > 0.0, "{row:#}");
         }
     }
+    let total = row("shared40 c2 duration");
+    assert!(total["engines"]["other"]["median"].as_f64().expect("seconds") > 0.0, "{total:#}");
+    let written = std::fs::read_to_string(record).expect("recorded");
+    assert!(written.lines().any(|line| line.starts_with("0,other,shared40 c2 duration,")), "{written}");
     assert!(row("load_s")["engines"]["cupola"]["median"].as_f64().expect("seconds") > 0.0);
     assert_eq!(row("load_s")["engines"]["other"], Value::Null, "it was running already");
     if cfg!(target_os = "linux") {
@@ -101,9 +110,23 @@ fn a_peer_that_dies_at_start_is_quoted() {
     assert!(std::fs::read_to_string(log).expect("the log is kept").contains("no such tensor"));
     std::fs::remove_file(log).expect("the log is ours to remove");
 
+    // A server of another kind, started by its command line; what came before it stays in the record.
+    let server = format!("x=cmd:{} serve {{model}} --port {{port}} -t {{threads}}", env!("CARGO_BIN_EXE_cupola"));
+    let (record, dies) = (folder.join("partial.csv"), peer(&folder));
+    let path = record.to_str().expect("UTF-8");
+    let load = ["--random-output-len", "2", "--record", path, "--peer", &server, "--peer", &dies];
+    let output = run(&[&args[..], &load].concat());
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    let written = std::fs::read_to_string(&record).expect("what was measured is kept");
+    for engine in ["cupola", "x"] {
+        assert!(written.contains(&format!("\n0,{engine},load_s,")), "{engine} in {written}");
+    }
+    assert!(!written.contains("llama.cpp,"), "{written}");
+
     let missing = run(&[&args[..], &["--peer", "llama.cpp=/nowhere"]].concat());
     assert!(text(&missing.stderr).contains("--peer llama.cpp=FOLDER"), "{}", text(&missing.stderr));
-    for wrong in [&["kernel", "--peer", "vllm"][..], &["serve", "--peer", "x"], &["serve"]] {
+    let no_value = ["serve", "--peer", "vllm", "--peer-env", "vllm=KEY"];
+    for wrong in [&["kernel", "--peer", "vllm"][..], &["serve", "--peer", "x"], &["serve"], &no_value] {
         assert_eq!(run(&[&["bench", "compare"], wrong].concat()).status.code(), Some(2), "{wrong:?}");
     }
 }

@@ -11,9 +11,9 @@
 
 use std::borrow::Cow;
 use std::collections::BinaryHeap;
-use std::hash::{BuildHasher, RandomState};
 
-use super::{MAX_VOCAB, TokenTable};
+use super::TokenTable;
+use super::index::{Index, NONE};
 use crate::error::{Error, Result};
 
 #[cfg(test)]
@@ -21,8 +21,6 @@ mod tests;
 
 /// The character that stands for a space in SentencePiece vocabularies.
 const SPACE: char = '\u{2581}';
-/// No symbol, no token.
-const NONE: u32 = u32::MAX;
 
 /// How text becomes tokens of a [`TokenTable`].
 pub(super) struct Pieces {
@@ -105,9 +103,9 @@ impl Pieces {
                 Role::Piece(score) => {
                     // Minus zero and zero are equal scores.
                     own_score = score + 0.0;
-                    pieces.index.insert(table, id);
+                    _ = pieces.index.insert(table, id);
                 }
-                Role::Character => pieces.index.insert(table, id),
+                Role::Character => _ = pieces.index.insert(table, id),
                 Role::Byte(byte) => pieces.bytes[byte as usize] = id,
                 Role::Unknown => pieces.unknown = pieces.unknown.or(Some(id)),
                 Role::Other => {}
@@ -208,53 +206,6 @@ fn characters(text: &[u8]) -> Vec<Symbol> {
         }
     }
     symbols
-}
-
-/// Token ids by the bytes of the token: open addressing over a table that others own.
-struct Index {
-    /// 24 bits of id below 8 bits of the hash, which spare most looks into the table; or [`NONE`]. A power of two of
-    /// them, at least half empty.
-    slots: Vec<u32>,
-    /// Keyed at random: the vocabulary comes with a file that is not trusted.
-    hasher: RandomState,
-}
-
-const ID_BITS: u32 = MAX_VOCAB.ilog2();
-
-impl Index {
-    fn with_room(tokens: usize) -> Self {
-        Self { slots: vec![NONE; (2 * tokens).next_power_of_two().max(2)], hasher: RandomState::new() }
-    }
-
-    /// Where a token with these bytes is or would be, and the upper bits of its slot.
-    fn slot(&self, table: &TokenTable, bytes: &[u8]) -> (usize, u32) {
-        let mask = self.slots.len() - 1;
-        let hash = self.hasher.hash_one(bytes);
-        let tag = (hash >> 32) as u32 >> ID_BITS << ID_BITS;
-        let mut at = hash as usize & mask;
-        loop {
-            let slot = self.slots[at];
-            // The tag alone may look like an empty slot's; no id has all bits set.
-            if slot == NONE || (slot ^ tag) >> ID_BITS == 0 && table.get(slot ^ tag) == bytes {
-                return (at, tag);
-            }
-            at = (at + 1) & mask;
-        }
-    }
-
-    /// Of tokens with equal bytes the first is kept.
-    fn insert(&mut self, table: &TokenTable, id: u32) {
-        let (at, tag) = self.slot(table, table.get(id));
-        if self.slots[at] == NONE {
-            self.slots[at] = tag | id;
-        }
-    }
-
-    fn find(&self, table: &TokenTable, bytes: &[u8]) -> Option<u32> {
-        let (at, tag) = self.slot(table, bytes);
-        let slot = self.slots[at];
-        (slot != NONE).then_some(slot ^ tag)
-    }
 }
 
 /// The byte of a token like `<0x0A>`.

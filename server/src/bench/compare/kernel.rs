@@ -6,7 +6,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use super::engine::{CUPOLA, Common, Peer, llama_hint, llama_program};
+use super::engine::{CUPOLA, Common, LLAMA_CPP, Peer, llama_hint, llama_program};
 use super::process::{Launch, output_of};
 use super::record::Sample;
 use super::{CompareError, Recorder, Watch};
@@ -47,6 +47,7 @@ pub async fn run(
         for (test, value) in cupola(common, cases).await? {
             recorder.add((round, CUPOLA), test, value);
         }
+        recorder.turn_ended();
         for peer in peers {
             let Peer::LlamaCpp { folder } = peer else { continue };
             let bench = llama_program(folder.as_deref(), "llama-bench");
@@ -69,6 +70,7 @@ pub async fn run(
                     Err(error) => return Err(error),
                 }
             }
+            recorder.turn_ended();
         }
     }
     Ok(recorder.samples)
@@ -95,10 +97,10 @@ fn parse_cupola(json: &str) -> Option<Vec<(String, f64)>> {
 async fn llama_bench(common: &Common, cases: &Cases, program: &Path) -> Result<Vec<(String, f64)>, CompareError> {
     let generations = if cases.batches.contains(&1) { list(&cases.generations) } else { "0".to_owned() };
     let mut command = Command::new(program);
-    command.arg("-m").arg(common.peer_model.as_ref().unwrap_or(&common.model));
+    command.arg("-m").arg(common.peer_model(LLAMA_CPP));
     command.args(["-t", &common.threads.to_string(), "-r", &cases.repetitions.to_string(), "-fa", "1", "-o", "json"]);
     command.args(["-p", &list(&cases.prompts), "-n", &generations, "-d", &list(&cases.depths)]);
-    command.args(&common.peer_args);
+    common.extend(&mut command, LLAMA_CPP);
     let output = output_of(Launch { engine: "llama-bench".to_owned(), command, hint: llama_hint() }).await?;
     parse_llama_bench(&output)
         .map_err(|what| CompareError::Output { program: program.to_string_lossy().into_owned(), what })
@@ -154,14 +156,15 @@ async fn llama_batched(common: &Common, case: Batched, program: &Path) -> Result
     // Every sequence needs a prompt there; one token is as good as none.
     let prompt = case.depth.max(1);
     let context = case.sequences * (prompt + case.generation);
-    let mut words: Vec<OsString> = vec!["-m".into(), common.peer_model.as_ref().unwrap_or(&common.model).into()];
+    let mut words: Vec<OsString> = vec!["-m".into(), common.peer_model(LLAMA_CPP).into()];
     for (flag, value) in
         [("-t", common.threads), ("-c", context), ("-npp", prompt), ("-ntg", case.generation), ("-npl", case.sequences)]
     {
         words.extend([flag.into(), value.to_string().into()]);
     }
     let mut command = Command::new(program);
-    command.args(words).args(["-fa", "on", "--output-format", "jsonl"]).args(&common.peer_args);
+    command.args(words).args(["-fa", "on", "--output-format", "jsonl"]);
+    common.extend(&mut command, LLAMA_CPP);
     let output = output_of(Launch { engine: "llama-batched-bench".to_owned(), command, hint: llama_hint() }).await?;
     parse_batched(&output).ok_or_else(|| CompareError::Output {
         program: program.to_string_lossy().into_owned(),

@@ -10,7 +10,8 @@
 //!                              record.rs: CSV <-----------------+------> summary.rs: medians, ratios --> plot.rs: SVG
 //! ```
 //!
-//! Turns keep a machine that grows warm or busy from favouring either side; nothing that fails is left out.
+//! Turns keep a machine that grows warm or busy from favouring either side; nothing that fails is left out. The record is
+//! written after each turn: what was measured before a failure, hours into a comparison, is not lost.
 
 pub mod engine;
 pub mod kernel;
@@ -90,6 +91,8 @@ pub trait Watch {
     fn sample(&mut self, sample: &Sample);
     /// A sentence for a person.
     fn note(&mut self, text: &str);
+    /// An engine has had its turn; all values so far.
+    fn turn_ended(&mut self, samples: &[Sample]);
 }
 
 /// Collects samples and passes them on.
@@ -103,6 +106,10 @@ impl Recorder<'_> {
         let sample = Sample { round, engine: engine.to_owned(), test: test.into(), value };
         self.watch.sample(&sample);
         self.samples.push(sample);
+    }
+
+    fn turn_ended(&mut self) {
+        self.watch.turn_ended(&self.samples);
     }
 }
 

@@ -7,7 +7,7 @@
 //! ```
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -109,15 +109,10 @@ impl Process {
 
     /// Peak resident bytes of the process and those it started, where the system tells.
     pub(super) fn peak_memory(&self) -> Option<u64> {
-        let group = self.child.id().to_string();
-        let own = |folder: &PathBuf| {
-            let stat = std::fs::read_to_string(folder.join("stat")).unwrap_or_default();
-            // Fields after the name, which is in parentheses: state, parent, group.
-            stat.rsplit_once(')').is_some_and(|(_, rest)| rest.split_whitespace().nth(2) == Some(group.as_str()))
-        };
         let folders = std::fs::read_dir("/proc").ok()?.flatten().map(|entry| entry.path());
-        let peaks =
-            folders.filter(own).filter_map(|folder| peak_of(&std::fs::read_to_string(folder.join("status")).ok()?));
+        let known: Vec<Known> = folders.filter_map(|folder| known(&folder)).collect();
+        let own = family(self.child.id(), &known);
+        let peaks = own.iter().filter_map(|id| peak_of(&std::fs::read_to_string(format!("/proc/{id}/status")).ok()?));
         peaks.reduce(|a, b| a + b)
     }
 
@@ -127,6 +122,31 @@ impl Process {
         // Failing means that nobody is left to be stopped.
         drop(Command::new("sh").args(["-c", &line]).stderr(Stdio::null()).status());
     }
+}
+
+/// A process, its parent and its group, by their numbers.
+pub(super) type Known = [u32; 3];
+
+fn known(folder: &Path) -> Option<Known> {
+    let id = folder.file_name()?.to_str()?.parse().ok()?;
+    let stat = std::fs::read_to_string(folder.join("stat")).ok()?;
+    // Fields after the name, which is in parentheses: state, parent, group.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(1).map(str::parse);
+    Some([id, fields.next()?.ok()?, fields.next()?.ok()?])
+}
+
+/// All that belong to the group of `first` or descend from one that does: servers also start groups of their own.
+pub(super) fn family(first: u32, known: &[Known]) -> Vec<u32> {
+    let mut own: Vec<u32> =
+        known.iter().filter(|[id, _, group]| *group == first || *id == first).map(|k| k[0]).collect();
+    let mut next = 0;
+    while let Some(&parent) = own.get(next) {
+        let children = known.iter().filter(|[_, of, _]| *of == parent).map(|k| k[0]);
+        let new: Vec<u32> = children.filter(|id| !own.contains(id)).collect();
+        own.extend(new);
+        next += 1;
+    }
+    own
 }
 
 /// Runs a program to its end and returns its standard output.

@@ -43,10 +43,11 @@ pub struct Metric {
 }
 
 const KERNEL: Metric = Metric { key: "", label: "", unit: "tok/s", more_is_better: true };
-const METRICS: [Metric; 6] = [
+const METRICS: [Metric; 7] = [
     Metric { key: "output_throughput", label: "output", unit: "tok/s", more_is_better: true },
     Metric { key: "median_ttft_ms", label: "median time to first token", unit: "ms", more_is_better: false },
     Metric { key: "median_itl_ms", label: "median inter-token latency", unit: "ms", more_is_better: false },
+    Metric { key: "duration", label: "total time", unit: "s", more_is_better: false },
     Metric { key: FAILED, label: "failed requests", unit: "", more_is_better: false },
     Metric { key: LOAD, label: "process start to first token", unit: "s", more_is_better: false },
     Metric { key: BYTES, label: "peak resident memory", unit: "MiB", more_is_better: false },

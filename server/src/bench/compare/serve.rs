@@ -13,6 +13,8 @@ use crate::bench::serve::report::{Metric, Report, Selection};
 use crate::bench::serve::{self, Dialect, Options};
 
 const POLL: Duration = Duration::from_millis(20);
+/// Seeds of warm-up prompts, far from those that count.
+const WARM_SEEDS: u64 = 1 << 32;
 /// How often a long start is spoken of.
 const PROGRESS: Duration = Duration::from_secs(15);
 
@@ -33,6 +35,8 @@ pub struct Load {
     pub output_len: usize,
     /// Tokens at the start of every prompt that all share.
     pub prefix_len: usize,
+    /// Requests that begin with a prefix nobody has computed yet; one workload for each concurrency.
+    pub shared: SharedPrefix,
     /// Time for a server to come up.
     pub start_timeout: Duration,
     /// Time for one request.
@@ -41,32 +45,64 @@ pub struct Load {
     pub api_key: Option<String>,
 }
 
+/// Twice as many requests as run at once, all with the same beginning, which no request had before.
+#[derive(Clone, Debug, Default)]
+pub struct SharedPrefix {
+    /// Requests at once; one workload each.
+    pub concurrency: Vec<usize>,
+    /// Tokens that all share.
+    pub prefix_len: usize,
+    /// Prompt tokens of each request's own.
+    pub input_len: usize,
+    /// Tokens to generate.
+    pub output_len: usize,
+}
+
 struct Workload {
     name: String,
     concurrency: usize,
     prompts: usize,
+    /// Tokens: shared prefix, own prompt, answer.
+    lengths: [usize; 3],
+    /// Warm-up requests have another prefix than those that are measured.
+    cold_prefix: bool,
 }
 
 impl Load {
     fn workloads(&self) -> Vec<Workload> {
         let prefix = if self.prefix_len > 0 { format!(" prefix{}", self.prefix_len) } else { String::new() };
+        let lengths = [self.prefix_len, self.input_len, self.output_len];
         let kept_up = self.concurrency.iter().map(|&concurrency| Workload {
             name: format!("c{concurrency}{prefix}"),
             concurrency,
             prompts: self.num_prompts.unwrap_or((3 * concurrency).max(4)),
+            lengths,
+            cold_prefix: false,
         });
         let bursts = self.bursts.iter().map(|&count| Workload {
             name: format!("burst{count}{prefix}"),
             concurrency: count,
             prompts: count,
+            lengths,
+            cold_prefix: false,
         });
-        kept_up.chain(bursts).collect()
+        let SharedPrefix { concurrency, prefix_len, input_len, output_len } = &self.shared;
+        let shared = concurrency.iter().map(|&concurrency| Workload {
+            name: format!("shared{prefix_len} c{concurrency}"),
+            concurrency,
+            prompts: 2 * concurrency,
+            lengths: [*prefix_len, *input_len, *output_len],
+            cold_prefix: true,
+        });
+        kept_up.chain(bursts).chain(shared).collect()
     }
 
     fn room(&self) -> Room {
-        let requests = self.concurrency.iter().chain(&self.bursts).copied().max().unwrap_or(1);
+        let workloads = self.workloads();
+        let requests = workloads.iter().map(|workload| workload.concurrency).max().unwrap_or(1);
+        let tokens = workloads.iter().map(|workload| workload.lengths.iter().sum()).max().unwrap_or(0);
         // A few tokens for special ones and for words that did not fit exactly.
-        let tokens = (self.prefix_len + self.input_len + self.output_len + 16).next_multiple_of(256);
+        let tokens = (tokens + 16_usize).next_multiple_of(256);
         Room { requests, tokens }
     }
 
@@ -78,14 +114,14 @@ impl Load {
             api_key: self.api_key.clone(),
             model: None,
             num_prompts: workload.prompts,
-            num_warmups: self.num_warmups,
+            num_warmups: if workload.cold_prefix { 0 } else { self.num_warmups },
             max_concurrency: Some(workload.concurrency),
             request_rate: f64::INFINITY,
             burstiness: 1.0,
-            input_len: self.input_len,
-            output_len: self.output_len,
+            input_len: workload.lengths[1],
+            output_len: workload.lengths[2],
             range_ratio: 0.0,
-            prefix_len: self.prefix_len,
+            prefix_len: workload.lengths[0],
             ignore_eos: true,
             sampling: Map::from_iter([("temperature".to_owned(), 0.0.into())]),
             extra_body: Map::new(),
@@ -121,6 +157,7 @@ pub async fn run(
                 _ => format!("http://127.0.0.1:{port}"),
             };
             one(load, (round, name), (&url, launch), &mut recorder).await?;
+            recorder.turn_ended();
         }
     }
     Ok(recorder.samples)
@@ -149,6 +186,11 @@ async fn one(
     for (index, workload) in load.workloads().iter().enumerate() {
         // Other prompts in every round and workload, so that no cache helps; the same ones for every engine.
         let seed = (100 * round + index) as u64;
+        if workload.cold_prefix && load.num_warmups > 0 {
+            // The same work with prompts that share nothing with those that count.
+            let warm = Workload { name: String::new(), prompts: load.num_warmups, ..*workload };
+            serve::run(load.options(url, &warm, WARM_SEEDS + seed), &mut |_| {}).await.map_err(failed)?;
+        }
         let run = serve::run(load.options(url, workload, seed), &mut |_| {}).await;
         if let Some(process) = &mut process {
             process.check()?;
@@ -160,6 +202,7 @@ async fn one(
         let mut keys = vec![FAILED];
         if !report.all_failed() {
             keys.extend(["output_throughput", "median_ttft_ms", "median_itl_ms"]);
+            keys.extend(workload.cold_prefix.then_some("duration"));
         }
         for key in keys {
             let value = json[key].as_f64().unwrap_or(f64::NAN);

@@ -2,12 +2,18 @@
 
 use std::path::PathBuf;
 
-use super::engine::{Common, Peer, Room, peer_server};
+use super::engine::{Common, Peer, Room, Setting, first_cpus, peer_server, version_in};
 use super::kernel::{parse_batched, parse_llama_bench};
 use super::plot::svg;
-use super::process::peak_of;
+use super::process::{family, peak_of};
 use super::record::{Record, Sample, metric_of};
 use super::summary::Summary;
+
+/// Settings as they are given beside peers of these two names.
+fn settings(texts: &[&str]) -> Vec<Setting> {
+    let peers = ["llama.cpp", "vllm"].map(|peer| peer.parse().expect("valid"));
+    texts.iter().map(|text| Setting::parse(text, &peers)).collect()
+}
 
 fn record() -> Record {
     let values = [
@@ -124,7 +130,9 @@ fn peers_are_named() {
     assert_eq!(parse("vllm"), Ok(Peer::Vllm { program: "vllm".into() }));
     let url = |name: &str| Ok(Peer::Url { name: name.into(), url: "http://h:1".into() });
     assert_eq!((parse("http://h:1"), parse("sglang=http://h:1")), (url("peer"), url("sglang")));
-    for wrong in ["", "x", "https://h", "a,b=http://h", "cupola=http://h", "=http://h"] {
+    let line = "run --port {port}";
+    assert_eq!(parse(&format!("x=cmd:{line}")), Ok(Peer::Command { name: "x".into(), line: line.into() }));
+    for wrong in ["", "x", "https://h", "a,b=http://h", "cupola=http://h", "=http://h", "x=cmd:", "x=cmd:run"] {
         assert!(parse(wrong).is_err(), "{wrong}");
     }
 }
@@ -133,19 +141,66 @@ fn peers_are_named() {
 fn a_server_gets_room_for_all_its_requests() {
     let common = Common {
         model: "m.gguf".into(),
-        peer_model: Some("other".into()),
+        peer_models: settings(&["general", "llama.cpp=other"]),
         cupola: "cupola".into(),
         threads: 2,
         rounds: 1,
         cupola_args: Vec::new(),
-        peer_args: vec!["--more".to_owned()],
+        peer_args: settings(&["--more", "llama.cpp=--own a=b", "vllm=--dtype bfloat16"]),
+        peer_env: settings(&["A=1", "vllm=B=2=3", "llama.cpp=C=4"]),
     };
     let peer: Peer = "llama.cpp=/bin".parse().expect("valid");
     let launch = peer_server(&peer, &common, Room { requests: 16, tokens: 512 }, 9).expect("started by us");
     let line = format!("{:?}", launch.command);
-    for part in
-        ["\"/bin/llama-server\"", "\"-m\" \"other\"", "\"-np\" \"16\" \"-c\" \"8192\" \"-fa\" \"on\"", "\"--more\""]
-    {
+    for part in [
+        "\"/bin/llama-server\"",
+        "\"-m\" \"other\"",
+        "\"-np\" \"16\" \"-c\" \"8192\" \"-fa\" \"on\"",
+        "\"--more\" \"--own\" \"a=b\"",
+        "C=\"4\"",
+    ] {
         assert!(line.contains(part), "{part} is not in {line}");
     }
+    assert!(!line.contains("bfloat16") && !line.contains("B="), "what is the other peer's: {line}");
+
+    let line = |peer: &str| {
+        let peer: Peer = peer.parse().expect("valid");
+        format!("{:?}", peer_server(&peer, &common, Room { requests: 4, tokens: 256 }, 9).expect("started").command)
+    };
+    let vllm = line("vllm=/v/vllm");
+    let tail = "\"--max-num-seqs\" \"4\" \"--max-model-len\" \"256\" \"--more\" \"--dtype\" \"bfloat16\"";
+    for part in ["OMP_NUM_THREADS=\"2\"", "B=\"2=3\"", "\"/v/vllm\" \"serve\" \"general\"", tail] {
+        assert!(vllm.contains(part), "{part} is not in {vllm}");
+    }
+    let python = line("vllm=/v/python3");
+    assert!(python.contains("\"/v/python3\" \"-m\" \"vllm.entrypoints.openai.api_server\" \"--model\" \"general\""));
+    let other = line("x=cmd:run -m {model} --port={port} -t {threads} -n {requests} -c {tokens}");
+    let words = "\"run\" \"-m\" \"general\" \"--port=9\" \"-t\" \"2\" \"-n\" \"4\" \"-c\" \"256\" \"--more\"";
+    assert!(other.contains(words), "{other}");
+}
+
+#[test]
+fn processors_and_versions_are_read() {
+    assert_eq!(first_cpus("0-3,8", 2).as_deref(), Some("0,1"));
+    assert_eq!(first_cpus("1,4-6", 3).as_deref(), Some("1,4,5"));
+    assert_eq!((first_cpus("0-1", 3), first_cpus("x", 1)), (None, None));
+    let version = version_in("INFO 11-22 loading 3 plugins\n0.32.0\n");
+    assert_eq!(version.as_deref(), Some("0.32.0"));
+    assert_eq!(version_in("version: 5 (abc, def)\nbuilt with gcc 12\n").as_deref(), Some("5 (abc; def)"));
+    assert_eq!(version_in("no idea"), None);
+}
+
+#[test]
+fn memory_is_counted_over_the_group_and_all_descendants() {
+    // Number, parent, group: 10 leads its group, 12 left it, 14 is a child of that one, 20 is a stranger.
+    let known = [[10, 1, 10], [11, 10, 10], [14, 12, 14], [12, 11, 12], [20, 1, 20]];
+    let mut own = family(10, &known);
+    own.sort_unstable();
+    assert_eq!(own, [10, 11, 12, 14]);
+}
+
+#[test]
+fn a_shared_prefix_is_a_workload_of_its_own() {
+    assert_eq!(metric_of("shared512 c8 duration").1, "shared512 c8 total time");
+    assert_eq!(metric_of("shared512 c8 duration").0.unit, "s");
 }
