@@ -172,6 +172,14 @@ pub(crate) trait Packed: Plain {
     /// Writes row `lane` from the bytes of one block in a file.
     fn set_lane(&mut self, lane: usize, source: &[u8]);
 
+    /// Writes all rows, each from the bytes of one block: the same as [`Packed::set_lane`] for each of them.
+    #[inline(always)]
+    fn set_lanes(&mut self, sources: [&[u8]; PANEL]) {
+        for (lane, source) in sources.into_iter().enumerate() {
+            self.set_lane(lane, source);
+        }
+    }
+
     /// Values of row `lane`.
     fn lane(&self, lane: usize, out: &mut [f32]) {
         let d = f16::from_bits(self.d()[lane]).to_f32();
@@ -265,8 +273,17 @@ impl ForPacked for PackBlocks<'_> {
 
     fn run<B: Packed>(self) {
         let units = cast_mut::<B>(self.panel);
+        let block = B::TYPE.block_bytes();
+        if self.rows.len() == self.row_bytes * PANEL {
+            for (index, unit) in units.iter_mut().enumerate() {
+                unit.set_lanes(std::array::from_fn(|lane| {
+                    &self.rows[lane * self.row_bytes + index * block..][..block]
+                }));
+            }
+            return;
+        }
         for (lane, row) in self.rows.chunks_exact(self.row_bytes).enumerate() {
-            for (unit, source) in units.iter_mut().zip(row.chunks_exact(B::TYPE.block_bytes())) {
+            for (unit, source) in units.iter_mut().zip(row.chunks_exact(block)) {
                 unit.set_lane(lane, source);
             }
         }
@@ -275,6 +292,14 @@ impl ForPacked for PackBlocks<'_> {
 
 /// Files are little-endian, kernels read native numbers.
 fn pack_floats<const SIZE: usize>(rows: &[u8], row_bytes: usize, panel: &mut [u8]) {
+    if cfg!(target_endian = "little") && rows.len() == row_bytes * PANEL {
+        for (column, out) in panel.chunks_exact_mut(PANEL * SIZE).enumerate() {
+            for (lane, out) in out.as_chunks_mut::<SIZE>().0.iter_mut().enumerate() {
+                out.copy_from_slice(&rows[lane * row_bytes + column * SIZE..][..SIZE]);
+            }
+        }
+        return;
+    }
     for (lane, row) in rows.chunks_exact(row_bytes).enumerate() {
         for (column, source) in row.as_chunks::<SIZE>().0.iter().enumerate() {
             let mut value = *source;
@@ -341,6 +366,25 @@ fn set_group(word: &mut Word, lane: usize, group: u32) {
 fn set_words<const WORDS: usize>(words: &mut [Word; WORDS], lane: usize, source: &[u8], flip: u8) {
     for (word, group) in words.iter_mut().zip(groups(source)) {
         set_group(word, lane, group ^ u32::from_ne_bytes([flip; 4]));
+    }
+}
+
+/// [`set_words`] for all rows, whose quants begin at byte `at`: 4 x 4 groups are transposed at a time, which compilers do in
+/// registers.
+#[inline(always)]
+fn set_all_words<const WORDS: usize>(words: &mut [Word; WORDS], sources: &[&[u8]; PANEL], at: usize, flip: u8) {
+    let flip = u32::from_ne_bytes([flip; 4]);
+    for (run, words) in words.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+        for quarter in 0..4 {
+            let rows: [[u32; 4]; 4] = std::array::from_fn(|row| {
+                let bytes = &sources[4 * quarter + row][at + 16 * run..][..16];
+                std::array::from_fn(|group| u32::from_ne_bytes([0, 1, 2, 3].map(|byte| bytes[4 * group + byte])) ^ flip)
+            });
+            for (group, word) in words.iter_mut().enumerate() {
+                let lanes = rows.map(|row| row[group].to_ne_bytes());
+                word.as_chunks_mut::<16>().0[quarter].copy_from_slice(lanes.as_flattened());
+            }
+        }
     }
 }
 

@@ -56,3 +56,37 @@ fn packed_matrices_are_little_larger_than_their_files() {
     }
     assert_eq!(WeightType::Q4K.packed_bytes(16, 32), None);
 }
+
+/// Whole panels are packed another way than those with rows missing: to the same bytes.
+#[test]
+fn whole_panels_are_packed_as_row_by_row() {
+    struct RowByRow<'a>(&'a [u8], usize, &'a mut [u8]);
+    impl ForPacked for RowByRow<'_> {
+        type Output = ();
+
+        fn run<B: Packed>(self) {
+            for (lane, row) in self.0.chunks_exact(self.1).enumerate() {
+                let blocks = row.chunks_exact(B::TYPE.block_bytes());
+                cast_mut::<B>(self.2).iter_mut().zip(blocks).for_each(|(unit, block)| unit.set_lane(lane, block));
+            }
+        }
+    }
+    for ty in WeightType::ALL {
+        let cols = 3 * ty.block_len().max(37);
+        let cols = cols / ty.block_len() * ty.block_len();
+        let row_bytes = ty.row_bytes(cols).unwrap();
+        let file: Vec<u8> = (0..PANEL * row_bytes).map(|i| (i * 131 % 253) as u8).collect();
+        let panel = || Arena::<u8>::zeroed(panel_bytes(ty, cols).unwrap(), "test").unwrap();
+        let (mut whole, mut rows) = (panel(), panel());
+        pack_panel(ty, cols, &file, &mut whole);
+        if for_packed(ty, RowByRow(&file, row_bytes, &mut rows)).is_none() {
+            for (lane, row) in file.chunks_exact(row_bytes).enumerate() {
+                let size = ty.block_bytes();
+                for (column, value) in row.chunks_exact(size).enumerate() {
+                    rows[(column * PANEL + lane) * size..][..size].copy_from_slice(value);
+                }
+            }
+        }
+        assert!(whole[..] == rows[..], "{}", ty.name());
+    }
+}

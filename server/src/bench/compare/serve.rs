@@ -58,10 +58,11 @@ pub struct SharedPrefix {
     pub output_len: usize,
 }
 
-struct Workload {
-    name: String,
+/// One kind of load.
+pub(super) struct Workload {
+    pub(super) name: String,
     concurrency: usize,
-    prompts: usize,
+    pub(super) prompts: usize,
     /// Tokens: shared prefix, own prompt, answer.
     lengths: [usize; 3],
     /// Warm-up requests have another prefix than those that are measured.
@@ -69,7 +70,7 @@ struct Workload {
 }
 
 impl Load {
-    fn workloads(&self) -> Vec<Workload> {
+    pub(super) fn workloads(&self) -> Vec<Workload> {
         let prefix = if self.prefix_len > 0 { format!(" prefix{}", self.prefix_len) } else { String::new() };
         let lengths = [self.prefix_len, self.input_len, self.output_len];
         let kept_up = self.concurrency.iter().map(|&concurrency| Workload {
@@ -97,7 +98,7 @@ impl Load {
         kept_up.chain(bursts).chain(shared).collect()
     }
 
-    fn room(&self) -> Room {
+    pub(super) fn room(&self) -> Room {
         let workloads = self.workloads();
         let requests = workloads.iter().map(|workload| workload.concurrency).max().unwrap_or(1);
         let tokens = workloads.iter().map(|workload| workload.lengths.iter().sum()).max().unwrap_or(0);
@@ -106,7 +107,7 @@ impl Load {
         Room { requests, tokens }
     }
 
-    fn options(&self, base_url: &str, workload: &Workload, seed: u64) -> Options {
+    pub(super) fn options(&self, base_url: &str, workload: &Workload, seed: u64) -> Options {
         Options {
             base_url: base_url.to_owned(),
             endpoint: "/v1/completions".to_owned(),

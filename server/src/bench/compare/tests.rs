@@ -1,12 +1,14 @@
 //! Arithmetic, formats, and whole comparisons against programs and servers that these tests play.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::engine::{Common, Peer, Room, Setting, first_cpus, peer_server, version_in};
 use super::kernel::{parse_batched, parse_llama_bench};
 use super::plot::svg;
 use super::process::{family, peak_of};
 use super::record::{Record, Sample, metric_of};
+use super::serve::{Load, SharedPrefix};
 use super::summary::Summary;
 
 /// Settings as they are given beside peers of these two names.
@@ -201,6 +203,28 @@ fn memory_is_counted_over_the_group_and_all_descendants() {
 
 #[test]
 fn a_shared_prefix_is_a_workload_of_its_own() {
+    let load = Load {
+        concurrency: vec![4],
+        bursts: vec![3],
+        num_prompts: None,
+        num_warmups: 2,
+        input_len: 10,
+        output_len: 20,
+        prefix_len: 0,
+        shared: SharedPrefix { concurrency: vec![8], prefix_len: 512, input_len: 32, output_len: 40 },
+        start_timeout: Duration::ZERO,
+        request_timeout: Duration::ZERO,
+        api_key: None,
+    };
+    let workloads = load.workloads();
+    let named: Vec<_> = workloads.iter().map(|workload| (workload.name.as_str(), workload.prompts)).collect();
+    assert_eq!(named, [("c4", 12), ("burst3", 3), ("shared512 c8", 16)]);
+    assert_eq!(load.room(), Room { requests: 8, tokens: 768 }, "for the longest, with some to spare");
+    let options = |index: usize| load.options("http://h", &workloads[index], 1);
+    let lengths = |index: usize| (options(index).prefix_len, options(index).input_len, options(index).output_len);
+    assert_eq!((lengths(0), lengths(2)), ((0, 10, 20), (512, 32, 40)));
+    assert_eq!((options(0).num_warmups, options(2).num_warmups), (2, 0), "a warm-up would compute the prefix");
+    assert_eq!(options(2).max_concurrency, Some(8));
     assert_eq!(metric_of("shared512 c8 duration").1, "shared512 c8 total time");
     assert_eq!(metric_of("shared512 c8 duration").0.unit, "s");
 }
