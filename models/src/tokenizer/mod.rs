@@ -7,8 +7,9 @@
 //! ```
 //!
 //! Encoding is the work of the `tokenizers` crate, but for the joining of GGUF files' vocabularies: what the crate needs for
-//! it takes longer to build than all else at start (see `merges.rs`), or is not there at all (see `spm`). Decoding is ours: every token stands for fixed bytes, so an answer is
-//! the concatenation of its tokens' bytes, and a character split over tokens is put together by whoever holds them.
+//! it takes longer to build than all else at start (see `merges.rs`), or is not there at all (see `spm`). Decoding is ours:
+//! every token stands for fixed bytes, so an answer is the concatenation of its tokens' bytes, and a character split over
+//! tokens is put together by whoever holds them.
 
 use std::ops::Range;
 use std::sync::Arc;
