@@ -17,6 +17,7 @@
 //!
 //! This is the only crate of the workspace with `unsafe` code.
 
+mod checks;
 pub mod cpu;
 #[cfg(unix)]
 pub mod cuda;

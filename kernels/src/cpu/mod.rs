@@ -39,6 +39,7 @@ use self::pool::Pool;
 use self::products::{ArgmaxScratch, Machine, Target, Work, scratch};
 use self::rope::{RopeStoreOp, RopeTable, StoreScratch};
 use self::weights::{Linear, Store};
+use crate::checks::{check_cols, check_order, next_id};
 use crate::memory::{Arena, SharedMut};
 use crate::{
     ActId, Attention, Backend, BufferId, Epilogue, Error, GateFn, KvId, KvLayout, LinearId, PartOrder, Result, RopeId,
@@ -168,25 +169,6 @@ impl CpuBackend {
     }
 }
 
-/// The handle of the item that is about to be pushed.
-fn next_id<T>(items: &[T]) -> u32 {
-    u32::try_from(items.len()).expect("fewer than 2^32 arenas")
-}
-
-fn check_order(op: &'static str, linear: &Linear, order: PartOrder) -> Result<()> {
-    if linear.order == order {
-        return Ok(());
-    }
-    Err(Error::Shape { op, expected: format!("a matrix packed as {order:?}"), got: format!("{:?}", linear.order) })
-}
-
-fn check_cols(op: &'static str, expected: usize, got: usize) -> Result<()> {
-    if expected == got {
-        return Ok(());
-    }
-    Err(Error::Shape { op, expected: format!("{expected} columns"), got: got.to_string() })
-}
-
 impl Backend for CpuBackend {
     fn describe(&self) -> String {
         let threads = self.machine.pool.threads();
@@ -261,7 +243,7 @@ impl Backend for CpuBackend {
         let weight = &self.linears[table.0 as usize];
         let out = &mut self.buffers[out.0 as usize];
         out.check(OP, tokens.len(), weight.cols)?;
-        check_order(OP, weight, PartOrder::Concat)?;
+        check_order(OP, weight.order, PartOrder::Concat)?;
         if let Some(token) = tokens.iter().find(|&&token| token as usize >= weight.rows) {
             let expected = format!("tokens below {}", weight.rows);
             return Err(Error::Shape { op: OP, expected, got: token.to_string() });
@@ -341,7 +323,7 @@ impl Backend for CpuBackend {
     fn linear(&mut self, x: ActId, rows: usize, weight: LinearId, epilogue: Epilogue, out: BufferId) -> Result<()> {
         const OP: &str = "linear";
         let weight = &self.linears[weight.0 as usize];
-        check_order(OP, weight, PartOrder::Concat)?;
+        check_order(OP, weight.order, PartOrder::Concat)?;
         let act = &self.acts[x.0 as usize];
         check_cols(OP, weight.cols, act.cols)?;
         let out = &mut self.buffers[out.0 as usize];
@@ -363,7 +345,7 @@ impl Backend for CpuBackend {
     ) -> Result<()> {
         const OP: &str = "gate_up";
         let weight = &self.linears[weight.0 as usize];
-        check_order(OP, weight, PartOrder::GateUp)?;
+        check_order(OP, weight.order, PartOrder::GateUp)?;
         let form = self.consumer(OP, consumer, weight.rows / 2)?;
         let Ok([x, out]) = self.acts.get_disjoint_mut([x.0 as usize, out.0 as usize]) else {
             return Err(Error::Shape { op: OP, expected: "two arenas".into(), got: "the same one twice".into() });
@@ -429,7 +411,7 @@ impl Backend for CpuBackend {
     fn linear_argmax(&mut self, x: ActId, rows: usize, weight: LinearId, out: &mut Vec<u32>) -> Result<()> {
         const OP: &str = "linear_argmax";
         let weight = &self.linears[weight.0 as usize];
-        check_order(OP, weight, PartOrder::Concat)?;
+        check_order(OP, weight.order, PartOrder::Concat)?;
         let act = &self.acts[x.0 as usize];
         check_cols(OP, weight.cols, act.cols)?;
         let acts = act.read(OP, rows, weight.form)?;

@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use super::act::Form;
 use super::packed::{self, Reader, Written};
 use super::pool::Pool;
+use crate::checks::check_parts;
 use crate::format::pack::{PANEL, pack_panel, panel_bytes};
 use crate::memory::{ALIGN, Arena, MappedFile, SharedMut};
 use crate::{Error, PartOrder, Result, WeightPart, WeightType};
@@ -257,26 +258,9 @@ impl Linear {
     ) -> Result<Self> {
         const OP: &str = "load_linear";
         let refuse = |expected: String, got: String| Err(Error::Shape { op: OP, expected, got });
-        let Some(cols) = parts.first().map(|part| part.cols) else {
-            return refuse("at least one part".into(), "none".into());
-        };
+        let cols = check_parts(parts)?;
         let mut form = Form::default();
         for part in parts {
-            let unsupported =
-                |why| Error::UnsupportedWeight { ty: part.ty.name(), rows: part.rows, cols: part.cols, why };
-            if part.rows == 0 || part.cols == 0 {
-                return Err(unsupported("it is empty"));
-            }
-            if part.cols != cols {
-                return refuse(format!("{cols} columns, as in the first part"), part.cols.to_string());
-            }
-            let row_bytes = part.ty.row_bytes(cols).ok_or_else(|| unsupported("its rows are not whole blocks"))?;
-            if row_bytes.checked_mul(part.rows) != Some(part.data.len()) {
-                return refuse(
-                    format!("{} rows of {row_bytes} bytes of {}", part.rows, part.ty.name()),
-                    format!("{} bytes", part.data.len()),
-                );
-            }
             let float = part.ty.is_float();
             form = form.union(Form { int8: !float, float });
         }

@@ -18,6 +18,7 @@ use super::fields::{Fields, NULL};
 use super::pool::{NO_WINDOW, Pool, launch_attention};
 use super::products::{Expanded, Finish, Input, Output, product};
 use super::weights::{Format, Linear};
+use crate::checks::{check_cols, check_order, next_id};
 use crate::cpu::rope::RopeTable;
 use crate::memory::{Arena, cast_mut};
 use crate::{
@@ -184,25 +185,6 @@ fn fit(device: &mut Device, memory: &mut Option<DeviceBytes>, bytes: usize, what
     Ok(())
 }
 
-/// The handle of the item that is about to be pushed.
-fn next_id<T>(items: &[T]) -> u32 {
-    u32::try_from(items.len()).expect("fewer than 2^32 arenas")
-}
-
-fn check_order(op: &'static str, linear: &Linear, order: PartOrder) -> Result<()> {
-    if linear.order == order {
-        return Ok(());
-    }
-    Err(Error::Shape { op, expected: format!("a matrix packed as {order:?}"), got: format!("{:?}", linear.order) })
-}
-
-fn check_cols(op: &'static str, expected: usize, got: usize) -> Result<()> {
-    if expected == got {
-        return Ok(());
-    }
-    Err(Error::Shape { op, expected: format!("{expected} columns"), got: got.to_string() })
-}
-
 /// Copies f32 values to new device memory.
 fn upload_floats(device: &mut Device, values: &[f32], what: &'static str) -> Result<DeviceBytes> {
     let mut memory = device.alloc(size_of_val(values), what)?;
@@ -280,7 +262,7 @@ impl Backend for CudaBackend {
         const OP: &str = "embed";
         let weight = &self.linears[table.0 as usize];
         self.buffers[out.0 as usize].check(OP, tokens.len(), weight.cols)?;
-        check_order(OP, weight, PartOrder::Concat)?;
+        check_order(OP, weight.order, PartOrder::Concat)?;
         if let Some(token) = tokens.iter().find(|&&token| token as usize >= weight.rows) {
             let expected = format!("tokens below {}", weight.rows);
             return Err(Error::Shape { op: OP, expected, got: token.to_string() });
@@ -377,7 +359,7 @@ impl Backend for CudaBackend {
     fn linear(&mut self, x: ActId, rows: usize, weight: LinearId, epilogue: Epilogue, out: BufferId) -> Result<()> {
         const OP: &str = "linear";
         let weight = &self.linears[weight.0 as usize];
-        check_order(OP, weight, PartOrder::Concat)?;
+        check_order(OP, weight.order, PartOrder::Concat)?;
         let x = self.acts[x.0 as usize].read(OP, rows, weight.cols)?;
         let out = &self.buffers[out.0 as usize];
         out.check(OP, rows, weight.rows)?;
@@ -396,7 +378,7 @@ impl Backend for CudaBackend {
     ) -> Result<()> {
         const OP: &str = "gate_up";
         let weight = &self.linears[weight.0 as usize];
-        check_order(OP, weight, PartOrder::GateUp)?;
+        check_order(OP, weight.order, PartOrder::GateUp)?;
         self.check_consumer(OP, consumer, weight.rows / 2)?;
         let Ok([x, out]) = self.acts.get_disjoint_mut([x.0 as usize, out.0 as usize]) else {
             return Err(Error::Shape { op: OP, expected: "two arenas".into(), got: "the same one twice".into() });
@@ -503,7 +485,7 @@ impl Backend for CudaBackend {
     fn linear_argmax(&mut self, x: ActId, rows: usize, weight: LinearId, out: &mut Vec<u32>) -> Result<()> {
         const OP: &str = "linear_argmax";
         let weight = &self.linears[weight.0 as usize];
-        check_order(OP, weight, PartOrder::Concat)?;
+        check_order(OP, weight.order, PartOrder::Concat)?;
         let x = self.acts[x.0 as usize].read(OP, rows, weight.cols)?;
         let panels = weight.panels();
         let bytes = rows * panels * 4;

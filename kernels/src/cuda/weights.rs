@@ -19,6 +19,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use super::driver::{Device, DeviceBytes};
+use crate::checks::check_parts;
 use crate::format::ggml::{BLOCK, IQ4_VALUES, dequantise_row, super_block};
 use crate::{Error, PartOrder, Result, WeightPart, WeightType};
 
@@ -127,26 +128,7 @@ impl Linear {
     ) -> Result<Self> {
         const OP: &str = "load_linear";
         let refuse = |expected: String, got: String| Err(Error::Shape { op: OP, expected, got });
-        let Some(cols) = parts.first().map(|part| part.cols) else {
-            return refuse("at least one part".into(), "none".into());
-        };
-        for part in parts {
-            let unsupported =
-                |why| Error::UnsupportedWeight { ty: part.ty.name(), rows: part.rows, cols: part.cols, why };
-            if part.rows == 0 || part.cols == 0 {
-                return Err(unsupported("it is empty"));
-            }
-            if part.cols != cols {
-                return refuse(format!("{cols} columns, as in the first part"), part.cols.to_string());
-            }
-            let row_bytes = part.ty.row_bytes(cols).ok_or_else(|| unsupported("its rows are not whole blocks"))?;
-            if row_bytes.checked_mul(part.rows) != Some(part.data.len()) {
-                return refuse(
-                    format!("{} rows of {row_bytes} bytes of {}", part.rows, part.ty.name()),
-                    format!("{} bytes", part.data.len()),
-                );
-            }
-        }
+        let cols = check_parts(parts)?;
         let rows: usize = parts.iter().map(|part| part.rows).sum();
         if let Some(bias) = bias
             && bias.len() != rows
