@@ -112,6 +112,7 @@ pub fn plan(model: &Model, config: &EngineConfig, device: &Device) -> Result<Mem
     let spec = &model.spec;
     let limits = DecoderLimits {
         max_batch_tokens: config.max_num_batched_tokens,
+        max_seqs: config.running_limit(),
         kv_blocks: 0,
         kv_type: config.kv_cache_type,
         max_model_len: config.max_model_len.unwrap_or(spec.max_positions),

@@ -29,14 +29,23 @@ pub trait ModelRunner: Send {
     /// Tokens of the vocabulary, the length of a row of logits.
     fn vocab_size(&self) -> usize;
 
-    /// Computes all rows of a batch.
+    /// True when [`ModelRunner::forward`] returns before the work is done: whoever wants the results waits for them, and
+    /// may do something else before.
+    fn is_asynchronous(&self) -> bool {
+        false
+    }
+
+    /// Computes all rows of a batch, or submits that.
     ///
     /// # Errors
     /// The requests of this batch then fail, and the engine goes on unless the error is fatal.
     fn forward(&mut self, batch: &Batch) -> Result<(), RunError>;
 
-    /// The most likely token of each output row of the last batch; only after a batch with `greedy` set.
-    fn argmax(&self) -> &[u32];
+    /// The most likely token of each output row of the last batch; only after a batch with `greedy` set. Waits for them.
+    ///
+    /// # Errors
+    /// As [`ModelRunner::forward`], for work that was submitted before.
+    fn argmax(&mut self) -> Result<&[u32], RunError>;
 
     /// Runs `f(i, logits)` for the `i`-th output row of the last batch, several at a time; only after a batch without
     /// `greedy`. `f` may change the logits.
@@ -51,12 +60,16 @@ impl ModelRunner for Decoder {
         self.spec().vocab
     }
 
+    fn is_asynchronous(&self) -> bool {
+        Decoder::is_asynchronous(self)
+    }
+
     fn forward(&mut self, batch: &Batch) -> Result<(), RunError> {
         Ok(Decoder::forward(self, batch)?)
     }
 
-    fn argmax(&self) -> &[u32] {
-        Decoder::argmax(self)
+    fn argmax(&mut self) -> Result<&[u32], RunError> {
+        Ok(Decoder::argmax(self)?)
     }
 
     fn for_each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<(), RunError> {

@@ -206,6 +206,52 @@ pub struct Attention<'a> {
     pub consumer: LinearId,
 }
 
+/// Sizes of the largest pass of a decoder, for [`Backend::reserve`].
+#[derive(Clone, Copy, Debug)]
+pub struct PassLimits<'a> {
+    /// Most rows.
+    pub rows: usize,
+    /// Most sequences.
+    pub sequences: usize,
+    /// Positions of the longest sequence.
+    pub positions: usize,
+    /// Query heads for each key/value head.
+    pub group: usize,
+    /// Windows that its layers have, `None` for layers without one; each once.
+    pub windows: &'a [Option<usize>],
+    /// The matrix of [`Backend::linear_argmax`].
+    pub head: LinearId,
+    /// Most rows of one [`Backend::linear_argmax`].
+    pub head_rows: usize,
+}
+
+/// What the ops of one forward pass will read of its rows and sequences, for [`Backend::begin_pass`].
+#[derive(Clone, Copy, Debug)]
+pub struct Pass<'a> {
+    /// Token ids, one a row.
+    pub tokens: &'a [u32],
+    /// The sequences of all rows. Rows at the end may belong to none.
+    pub spans: &'a [SeqSpan],
+    /// The sequences of the rows that the last layer finishes.
+    pub last_spans: &'a [SeqSpan],
+    /// Those rows, where they are not all: the argument of [`Backend::keep_rows`].
+    pub kept: &'a [u32],
+    /// Block tables of all spans, one after the other.
+    pub block_table: &'a [BlockId],
+    /// Set when every sequence has one row and the ops are given to [`Backend::replay`]: how long sequences will be on
+    /// average, at least, as far as choosing among recordings is concerned.
+    pub repeated: Option<usize>,
+}
+
+/// What a backend has recorded of repeated passes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Recorded {
+    /// Recordings that it holds.
+    pub graphs: usize,
+    /// Why it records no more, after a recording failed.
+    pub failed: Option<String>,
+}
+
 /// A machine that runs the ops of a decoder.
 ///
 /// Every op checks its shapes against the arenas it names and returns [`Error::Shape`] when they do not fit; none of
@@ -250,6 +296,35 @@ pub trait Backend: Send {
     /// Allocates a pool of `num_blocks` key/value blocks.
     fn alloc_kv(&mut self, layout: KvLayout, num_blocks: usize) -> Result<KvId>;
 
+    /// Allocates what passes need beside the arenas, so that none within these limits allocates anything.
+    fn reserve(&mut self, _limits: &PassLimits<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    /// True for a device on which ops only submit work, and return before it is done. Whatever gives results waits.
+    fn is_asynchronous(&self) -> bool {
+        false
+    }
+
+    /// Says what the ops of the next pass will read, so that a device gets it in one copy.
+    fn begin_pass(&mut self, _pass: &Pass<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    /// Runs `ops`, or on a device that records passes does again what they did before: for another pass of as many rows
+    /// that was begun with [`Pass::repeated`]. `ops` may not wait for results.
+    fn replay(&mut self, ops: &mut dyn FnMut(&mut dyn Backend) -> Result<()>) -> Result<()>;
+
+    /// Lets [`Backend::replay`] record, or not. Says whether it will.
+    fn record_passes(&mut self, _wanted: bool) -> bool {
+        false
+    }
+
+    /// What was recorded.
+    fn recorded(&self) -> Recorded {
+        Recorded::default()
+    }
+
     /// `out[i] = scale * table[tokens[i]]`; `table` is `[vocab, hidden]` and may also serve as the output head.
     fn embed(&mut self, table: LinearId, tokens: &[u32], scale: f32, out: BufferId) -> Result<()>;
 
@@ -292,8 +367,12 @@ pub trait Backend: Send {
     /// (Kwon et al., PagedAttention, <https://arxiv.org/abs/2309.06180>).
     fn attention(&mut self, op: Attention<'_>) -> Result<()>;
 
-    /// `argmax(x * W^T)` for the first `rows` rows, the lowest index among equals; logits are not kept.
-    fn linear_argmax(&mut self, x: ActId, rows: usize, weight: LinearId, out: &mut Vec<u32>) -> Result<()>;
+    /// `argmax(x * W^T)` for the first `rows` rows, the lowest index among equals; logits are not kept. The results are
+    /// numbered from `first` on, for [`Backend::argmaxes`].
+    fn linear_argmax(&mut self, x: ActId, rows: usize, weight: LinearId, first: usize) -> Result<()>;
+
+    /// The results `0..count` of [`Backend::linear_argmax`]; waits for them.
+    fn argmaxes(&mut self, count: usize) -> Result<&[u32]>;
 
     /// Runs `f(row, values)` for the first `rows` rows of an arena, several at a time on the worker threads.
     fn for_each_row(&mut self, buffer: BufferId, rows: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()>;

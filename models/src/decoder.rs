@@ -9,8 +9,8 @@
 //! All arenas are allocated in [`Decoder::load`] from [`DecoderLimits`]; a forward pass allocates nothing.
 
 use cupola_kernels::{
-    ActId, Attention, Backend, BlockId, BufferId, Epilogue, KvId, KvType, LinearId, PartOrder, RopeId, RopeStore, Rows,
-    SeqSpan, VectorId,
+    ActId, Attention, Backend, BlockId, BufferId, Epilogue, KvId, KvType, LinearId, PartOrder, Pass, PassLimits,
+    Recorded, RopeId, RopeStore, Rows, SeqSpan, VectorId,
 };
 
 use crate::last_rows::LastRows;
@@ -22,11 +22,16 @@ use crate::{Batch, DecoderSpec, Error, Model, Result};
 /// times many sequences stays a small, fixed piece of memory.
 const LOGIT_ROWS: usize = 32;
 
+/// Most rows of a pass that is recorded where a device does that; larger ones are long enough to hide their launches.
+const RECORDED_ROWS: usize = 64;
+
 /// Sizes fixed at start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DecoderLimits {
     /// Most rows of one forward pass.
     pub max_batch_tokens: usize,
+    /// Most sequences of one forward pass.
+    pub max_seqs: usize,
     /// Blocks of the key/value pool.
     pub kv_blocks: usize,
     /// What keys and values are stored as.
@@ -62,7 +67,12 @@ pub struct Decoder {
     kv: KvId,
     arenas: Arenas,
     last: LastRows,
-    argmax: Vec<u32>,
+    /// Padded token ids of a pass that is repeated.
+    padded: Vec<u32>,
+    /// Numbers of rows that such passes are padded to, ascending; none where nothing is recorded.
+    sizes: Vec<usize>,
+    /// Results of [`Backend::linear_argmax`] of the last pass.
+    chosen: usize,
     unsaved: Option<cupola_kernels::Error>,
 }
 
@@ -137,6 +147,17 @@ impl Decoder {
         };
         let kv = backend.alloc_kv(spec.kv_layout(limits.kv_type), limits.kv_blocks)?;
         let arenas = Arenas::alloc(&spec, &limits, backend.as_mut())?;
+        let window = spec.sliding.as_ref().map(|sliding| Some(sliding.window));
+        let windows: Vec<_> = window.into_iter().chain([None]).collect();
+        backend.reserve(&PassLimits {
+            rows: limits.max_batch_tokens,
+            sequences: limits.max_seqs,
+            positions,
+            group: spec.heads.heads / spec.heads.kv_heads,
+            windows: &windows,
+            head,
+            head_rows: LOGIT_ROWS,
+        })?;
         Ok(Self {
             spec,
             limits,
@@ -150,7 +171,9 @@ impl Decoder {
             kv,
             arenas,
             last: LastRows::with_capacity(limits.max_batch_tokens),
-            argmax: Vec::with_capacity(limits.max_batch_tokens),
+            padded: Vec::with_capacity(RECORDED_ROWS),
+            sizes: Vec::new(),
+            chosen: 0,
             unsaved,
         })
     }
@@ -180,53 +203,127 @@ impl Decoder {
         self.backend.allocated_bytes()
     }
 
+    /// True for a device on which [`Decoder::forward`] returns before its work is done.
+    pub fn is_asynchronous(&self) -> bool {
+        self.backend.is_asynchronous()
+    }
+
+    /// Records the passes in which every sequence has one row, where the backend does that, for each of the sizes that they
+    /// are padded to and up to the longest sequences. Must come before the first batch: the rows of these passes belong to
+    /// no sequence. `progress(done, total)` is called once a size.
+    ///
+    /// # Errors
+    /// Those of the ops. A recording that fails is none: passes then run as they are, and the result says why.
+    pub fn record_passes(&mut self, progress: &mut dyn FnMut(usize, usize)) -> Result<Recorded> {
+        /// Once to load what the ops need, once to record, once to run the recording.
+        const TIMES: usize = 3;
+        if !self.backend.record_passes(true) {
+            return Ok(self.backend.recorded());
+        }
+        self.sizes = sizes_up_to(self.limits.max_seqs.min(self.limits.max_batch_tokens).min(RECORDED_ROWS));
+        for (done, rows) in self.sizes.clone().into_iter().enumerate().rev() {
+            let mut reach = 1;
+            // Powers of two that cover the longest sequence.
+            while reach < 2 * self.limits.max_model_len {
+                for _ in 0..TIMES {
+                    self.run_repeated(rows, reach, &Batch::default())?;
+                }
+                reach *= 2;
+            }
+            progress(self.sizes.len() - done, self.sizes.len());
+            if self.backend.recorded().failed.is_some() {
+                self.sizes.clear();
+                break;
+            }
+        }
+        Ok(self.backend.recorded())
+    }
+
     /// Runs one batch through every layer: writes its keys and values, and makes its output rows ready for
     /// [`Decoder::argmax`] (greedy batches) or [`Decoder::for_each_logits`] (all others).
     ///
     /// # Errors
     /// A batch that is larger than the limits, or a token id beyond the vocabulary.
     pub fn forward(&mut self, batch: &Batch) -> Result<()> {
-        let (backend, arenas, spec) = (self.backend.as_mut(), &self.arenas, &self.spec);
         let rows = batch.tokens.len();
+        let refuse = |expected: String, got: String| {
+            Err(Error::from(cupola_kernels::Error::Shape { op: "forward", expected, got }))
+        };
         if rows > self.limits.max_batch_tokens {
-            return Err(cupola_kernels::Error::Shape {
-                op: "forward",
-                expected: format!("at most {} rows", self.limits.max_batch_tokens),
-                got: rows.to_string(),
-            }
-            .into());
+            return refuse(format!("at most {} rows", self.limits.max_batch_tokens), rows.to_string());
         }
-        backend.embed(self.embedding, &batch.tokens, spec.embedding_scale, arenas.x)?;
+        if let Some(token) = batch.tokens.iter().find(|&&token| token as usize >= self.spec.vocab) {
+            return refuse(format!("tokens below {}", self.spec.vocab), token.to_string());
+        }
+        self.chosen = 0;
         self.last.set(batch);
-        for (i, layer) in self.layers.iter().enumerate() {
-            let rope = if layer.slides { self.sliding_rope.unwrap_or(self.rope) } else { self.rope };
-            layer.store_keys(i, backend, spec, (self.kv, rope), arenas, batch)?;
-            let (spans, rows) = if i + 1 < self.layers.len() {
-                (&batch.spans, rows)
-            } else if batch.outputs.is_empty() {
-                break;
-            } else {
-                for buffer in [arenas.x, arenas.qkv] {
-                    backend.keep_rows(buffer, &batch.outputs)?;
-                }
-                (&self.last.spans, batch.outputs.len())
-            };
-            layer.attend(i, backend, spec, self.kv, arenas, (spans, &batch.block_table, rows))?;
-            layer.feed_forward(backend, spec, arenas, rows)?;
+        let one_row_each = batch.spans.len() == rows && batch.outputs.len() == rows && rows > 0;
+        match self.sizes.iter().copied().find(|&size| one_row_each && size >= rows) {
+            Some(size) => self.run_repeated(size, 0, batch)?,
+            None => self.run(batch)?,
         }
-        self.argmax.clear();
         if batch.greedy {
             for start in (0..self.last.outputs.len()).step_by(LOGIT_ROWS) {
                 let rows = self.norm_for_head(start)?;
-                self.backend.linear_argmax(self.arenas.head_in, rows, self.head, &mut self.argmax)?;
+                self.backend.linear_argmax(self.arenas.head_in, rows, self.head, start)?;
+                self.chosen = start + rows;
             }
         }
         Ok(())
     }
 
-    /// After a greedy batch: the most likely token of each output row.
-    pub fn argmax(&self) -> &[u32] {
-        &self.argmax
+    /// Runs the layers on a batch as it is.
+    fn run(&mut self, batch: &Batch) -> Result<()> {
+        let Self { backend, last, .. } = self;
+        let all_stay = batch.outputs.len() == batch.tokens.len();
+        backend.begin_pass(&Pass {
+            tokens: &batch.tokens,
+            spans: &batch.spans,
+            last_spans: &last.spans,
+            kept: if all_stay { &[] } else { &batch.outputs },
+            block_table: &batch.block_table,
+            repeated: None,
+        })?;
+        let last = std::mem::take(&mut self.last);
+        let finished = (last.spans.as_slice(), batch.outputs.as_slice());
+        let rows =
+            PassRows { tokens: &batch.tokens, spans: &batch.spans, last: finished, block_table: &batch.block_table };
+        let (backend, layers) = self.split();
+        let ran = layers.run(backend, &rows);
+        self.last = last;
+        Ok(ran?)
+    }
+
+    /// Runs the layers on a batch with one row for each sequence, as a pass of `size` rows that was run before or will be
+    /// again.
+    fn run_repeated(&mut self, size: usize, reach: usize, batch: &Batch) -> Result<()> {
+        let mut padded = std::mem::take(&mut self.padded);
+        padded.clear();
+        padded.extend_from_slice(&batch.tokens);
+        padded.resize(size, 0);
+        let (spans, block_table) = (batch.spans.as_slice(), batch.block_table.as_slice());
+        let pass = Pass { tokens: &padded, spans, last_spans: spans, kept: &[], block_table, repeated: Some(reach) };
+        let begun = self.backend.begin_pass(&pass);
+        let all: [u32; RECORDED_ROWS] = std::array::from_fn(|row| row as u32);
+        let rows = PassRows { tokens: &padded, spans, last: (spans, &all[..size]), block_table };
+        let (backend, layers) = self.split();
+        let ran = begun.and_then(|()| backend.replay(&mut |backend| layers.run(backend, &rows)));
+        self.padded = padded;
+        Ok(ran?)
+    }
+
+    fn split(&mut self) -> (&mut dyn Backend, Layers<'_>) {
+        let Self { backend, spec, embedding, layers, rope, sliding_rope, kv, arenas, .. } = self;
+        let ropes = (*rope, sliding_rope.unwrap_or(*rope));
+        (backend.as_mut(), Layers { spec, embedding: *embedding, layers, ropes, kv: *kv, arenas })
+    }
+
+    /// After a greedy batch: the most likely token of each output row. Waits for it.
+    ///
+    /// # Errors
+    /// Those of the work that was submitted.
+    pub fn argmax(&mut self) -> Result<&[u32]> {
+        Ok(self.backend.argmaxes(self.chosen)?)
     }
 
     /// Calls `f(output index, logits)` for every output row of the last batch, several at a time on the worker threads.
@@ -255,6 +352,58 @@ impl Decoder {
     }
 }
 
+/// Numbers of rows that repeated passes are padded to: 1, 2, 4, then multiples of 8, and `most`.
+fn sizes_up_to(most: usize) -> Vec<usize> {
+    let mut sizes: Vec<_> = [1, 2, 4].into_iter().chain((8..).step_by(8)).take_while(|&size| size < most).collect();
+    sizes.push(most);
+    sizes
+}
+
+/// Rows of one pass through the layers.
+struct PassRows<'a> {
+    tokens: &'a [u32],
+    spans: &'a [SeqSpan],
+    /// Sequences and row numbers that the last layer finishes.
+    last: (&'a [SeqSpan], &'a [u32]),
+    block_table: &'a [BlockId],
+}
+
+/// What a pass through the layers needs beside a backend.
+struct Layers<'a> {
+    spec: &'a DecoderSpec,
+    embedding: LinearId,
+    layers: &'a [Layer],
+    /// For layers that see everything, and for those with a window.
+    ropes: (RopeId, RopeId),
+    kv: KvId,
+    arenas: &'a Arenas,
+}
+
+impl Layers<'_> {
+    /// From token ids to the residual stream of the last rows.
+    fn run(&self, backend: &mut dyn Backend, rows: &PassRows<'_>) -> cupola_kernels::Result<()> {
+        let &Layers { spec, kv, arenas, .. } = self;
+        backend.embed(self.embedding, rows.tokens, spec.embedding_scale, arenas.x)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            let rope = if layer.slides { self.ropes.1 } else { self.ropes.0 };
+            layer.store_keys(i, backend, spec, (kv, rope), arenas, rows)?;
+            let (spans, count) = if i + 1 < self.layers.len() {
+                (rows.spans, rows.tokens.len())
+            } else if rows.last.1.is_empty() {
+                break;
+            } else {
+                for buffer in [arenas.x, arenas.qkv] {
+                    backend.keep_rows(buffer, rows.last.1)?;
+                }
+                (rows.last.0, rows.last.1.len())
+            };
+            layer.attend(i, backend, spec, kv, arenas, (spans, rows.block_table, count))?;
+            layer.feed_forward(backend, spec, arenas, count)?;
+        }
+        Ok(())
+    }
+}
+
 impl Layer {
     /// Projects every row and stores its keys and values.
     fn store_keys(
@@ -264,9 +413,9 @@ impl Layer {
         spec: &DecoderSpec,
         (kv, rope): (KvId, RopeId),
         arenas: &Arenas,
-        batch: &Batch,
-    ) -> Result<()> {
-        let rows = batch.tokens.len();
+        pass: &PassRows<'_>,
+    ) -> cupola_kernels::Result<()> {
+        let rows = pass.tokens.len();
         backend.rms_norm(arenas.x, Rows::First(rows), (self.attn_norm, spec.norm_eps), self.qkv, arenas.normed)?;
         backend.linear(arenas.normed, rows, self.qkv, Epilogue::Store, arenas.qkv)?;
         backend.rope_store(RopeStore {
@@ -278,10 +427,9 @@ impl Layer {
             qk_norm: self.qk_norm.map(|(q, k)| (q, k, spec.norm_eps)),
             kv,
             layer: index,
-            spans: &batch.spans,
-            block_table: &batch.block_table,
-        })?;
-        Ok(())
+            spans: pass.spans,
+            block_table: pass.block_table,
+        })
     }
 
     /// Attention of the rows of these spans over what is stored, and its output projection.
@@ -293,7 +441,7 @@ impl Layer {
         kv: KvId,
         arenas: &Arenas,
         (spans, block_table, rows): (&[SeqSpan], &[BlockId], usize),
-    ) -> Result<()> {
+    ) -> cupola_kernels::Result<()> {
         backend.attention(Attention {
             qkv: arenas.qkv,
             shape: spec.heads,
@@ -309,7 +457,13 @@ impl Layer {
         add_to_residual(backend, spec, arenas, (arenas.attended, rows), self.o, self.attn_post_norm)
     }
 
-    fn feed_forward(&self, backend: &mut dyn Backend, spec: &DecoderSpec, arenas: &Arenas, rows: usize) -> Result<()> {
+    fn feed_forward(
+        &self,
+        backend: &mut dyn Backend,
+        spec: &DecoderSpec,
+        arenas: &Arenas,
+        rows: usize,
+    ) -> cupola_kernels::Result<()> {
         backend.rms_norm(arenas.x, Rows::First(rows), (self.ffn_norm, spec.norm_eps), self.gate_up, arenas.normed)?;
         backend.gate_up(arenas.normed, rows, self.gate_up, spec.gate, self.down, arenas.gated)?;
         add_to_residual(backend, spec, arenas, (arenas.gated, rows), self.down, self.ffn_post_norm)
@@ -324,7 +478,7 @@ fn add_to_residual(
     (input, rows): (ActId, usize),
     weight: LinearId,
     post_norm: Option<VectorId>,
-) -> Result<()> {
+) -> cupola_kernels::Result<()> {
     match (post_norm, arenas.y) {
         (Some(norm), Some(y)) => {
             backend.linear(input, rows, weight, Epilogue::Store, y)?;

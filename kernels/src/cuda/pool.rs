@@ -6,9 +6,10 @@
 //!           many     ──> prefill_*
 //! ```
 
-use super::batch::{SLOTS, Tables};
+use super::batch::SLOTS;
 use super::driver::{Arg, Device, DeviceBytes, Launch};
 use super::fields::Fields;
+use super::pass::View;
 use crate::cpu::spans::check_heads;
 use crate::kv::{BLOCK_SIZE, KvType};
 use crate::{Error, HeadShape, KvLayout, Result};
@@ -87,23 +88,22 @@ fn width_of(head_dim: usize) -> Option<usize> {
 pub(super) fn launch_attention(
     device: &mut Device,
     pool: &Pool,
-    tables: &Tables,
+    view: &View,
     fields: impl Fn(Arg) -> [Arg; 1],
 ) -> Result<()> {
     let kv_heads = pool.layout.kv_heads as u32;
     let width = WIDTHS.iter().position(|&width| width == pool.width).expect("the pool was made with one of them");
-    let [few, many, merges] = tables.items();
-    let counts = tables.counts;
+    let (items, counts) = (&view.items, view.counts);
     if counts.few > 0 {
         let name = ["decode_32", "decode_64", "decode_96", "decode_128", "decode_256"][width];
         let kernel = device.kernel("attention_decode", name)?;
         let shape = Launch { grid: (counts.few as u32, kv_heads), block: 128, shared: 0 };
-        device.launch(&kernel, shape, &fields(few))?;
+        device.launch(&kernel, shape, &fields(items.few))?;
     }
     if counts.merges > 0 {
         let kernel = device.kernel("attention_decode", "attention_merge")?;
         let shape = Launch { grid: (counts.merges as u32, kv_heads), block: 128, shared: 0 };
-        device.launch(&kernel, shape, &fields(merges))?;
+        device.launch(&kernel, shape, &fields(items.merges))?;
     }
     if counts.many > 0 {
         let name = ["prefill_32", "prefill_64", "prefill_96", "prefill_128", "prefill_256"][width];
@@ -113,7 +113,7 @@ pub(super) fn launch_attention(
         let kernel = device.kernel("attention_prefill", name)?;
         device.allow_shared(&kernel, shared)?;
         let shape = Launch { grid: (counts.many as u32, kv_heads), block: 128, shared };
-        device.launch(&kernel, shape, &fields(many))?;
+        device.launch(&kernel, shape, &fields(items.many))?;
     }
     Ok(())
 }

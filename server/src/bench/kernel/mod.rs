@@ -141,6 +141,7 @@ impl Options {
         let most = |of: fn(&Test) -> usize| tests.iter().map(of).max().unwrap_or(1);
         DecoderLimits {
             max_batch_tokens: self.chunk.max(most(|test| test.sequences)),
+            max_seqs: most(|test| test.sequences),
             kv_blocks: most(|test| test.sequences * test.blocks_per_sequence()),
             kv_type: self.kv_type,
             max_model_len: most(Test::positions),
@@ -249,7 +250,7 @@ impl Runner {
                 self.batch.outputs.push(row);
             }
             self.decoder.forward(&self.batch)?;
-            tokens.copy_from_slice(self.decoder.argmax());
+            tokens.copy_from_slice(self.decoder.argmax()?);
         }
         Ok(())
     }
