@@ -30,9 +30,10 @@ const DEFAULT_KV_BYTES: u64 = 2 << 30;
 /// Assumed where the system does not tell what is available.
 const UNKNOWN_AVAILABLE: u64 = 8 << 30;
 
-/// On a device beside the arenas that are known: staging, weights expanded for large products, parts of split attention.
+/// On a device beside the arenas that are known: rows and tables of a step, weights expanded for large products, parts of split
+/// attention, and recorded steps.
 #[cfg(unix)]
-const DEVICE_SCRATCH_BYTES: u64 = 128 << 20;
+const DEVICE_SCRATCH_BYTES: u64 = 192 << 20;
 
 /// Memory of an engine, in bytes unless named otherwise.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -266,6 +266,16 @@ pub trait Backend: Send {
     /// Bytes held by this backend in weights, arenas and key/value pools.
     fn allocated_bytes(&self) -> u64;
 
+    /// Bytes of memory that this backend can move in a second, measured now: what it reads on the CPU, what it copies on a
+    /// device, where read and written bytes count.
+    fn bandwidth(&mut self) -> Result<f64>;
+
+    /// Bytes that a product with this matrix reads of it.
+    fn linear_bytes(&self, weight: LinearId) -> u64;
+
+    /// Bytes of the keys and values of one position in all layers of a pool.
+    fn kv_position_bytes(&self, kv: KvId) -> u64;
+
     /// Takes a vector of parameters.
     fn load_vector(&mut self, values: &[f32]) -> Result<VectorId>;
 

@@ -203,6 +203,25 @@ impl Decoder {
         self.backend.allocated_bytes()
     }
 
+    /// What was recorded by [`Decoder::record_passes`].
+    pub fn recorded(&self) -> Recorded {
+        self.backend.recorded()
+    }
+
+    /// Bytes that a step of one row for each of `sequences` reads: every weight once, and the keys and values of the `length`
+    /// positions that each of them sees. Activations are small beside both.
+    pub fn step_bytes(&self, sequences: usize, length: usize) -> u64 {
+        let weights = self.layers.iter().flat_map(|layer| [layer.qkv, layer.o, layer.gate_up, layer.down]);
+        let weights: u64 = weights.chain([self.head]).map(|weight| self.backend.linear_bytes(weight)).sum();
+        let seen = |layer: &Layer| match &self.spec.sliding {
+            Some(sliding) if layer.slides => length.min(sliding.window),
+            _ => length,
+        };
+        let positions: usize = self.layers.iter().map(seen).sum();
+        let position = self.backend.kv_position_bytes(self.kv) / self.layers.len() as u64;
+        weights + (sequences * positions) as u64 * position
+    }
+
     /// True for a device on which [`Decoder::forward`] returns before its work is done.
     pub fn is_asynchronous(&self) -> bool {
         self.backend.is_asynchronous()
@@ -215,14 +234,16 @@ impl Decoder {
     /// # Errors
     /// Those of the ops. A recording that fails is none: passes then run as they are, and the result says why.
     pub fn record_passes(&mut self, progress: &mut dyn FnMut(usize, usize)) -> Result<Recorded> {
-        /// Once to load what the ops need, once to record, once to run the recording.
-        const TIMES: usize = 3;
+        /// Once to load what the ops need, once to record and run the recording.
+        const TIMES: usize = 2;
+        /// Sequences up to this length need no recordings of their own.
+        const SHORT: usize = 256;
         if !self.backend.record_passes(true) {
             return Ok(self.backend.recorded());
         }
         self.sizes = sizes_up_to(self.limits.max_seqs.min(self.limits.max_batch_tokens).min(RECORDED_ROWS));
         for (done, rows) in self.sizes.clone().into_iter().enumerate().rev() {
-            let mut reach = 1;
+            let mut reach = SHORT;
             // Powers of two that cover the longest sequence.
             while reach < 2 * self.limits.max_model_len {
                 for _ in 0..TIMES {

@@ -182,6 +182,18 @@ impl Backend for CpuBackend {
         self.machine.pool.threads()
     }
 
+    fn bandwidth(&mut self) -> Result<f64> {
+        roofline::read_bandwidth(self.machine.isa, self.machine.pool.threads())
+    }
+
+    fn linear_bytes(&self, weight: LinearId) -> u64 {
+        self.linears[weight.0 as usize].bytes()
+    }
+
+    fn kv_position_bytes(&self, kv: KvId) -> u64 {
+        (self.pools[kv.0 as usize].layout.block_bytes() / crate::kv::BLOCK_SIZE) as u64
+    }
+
     fn allocated_bytes(&self) -> u64 {
         let scratch = (0..self.machine.work.len()).map(|worker| scratch(&self.machine.work, worker).bytes());
         let vectors = self.vectors.iter().map(|vector| size_of_val(vector.as_slice()));

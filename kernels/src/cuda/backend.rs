@@ -27,6 +27,7 @@ use super::products::{Expanded, Finish, Input, Output, product};
 use super::weights::{Format, Linear};
 use crate::checks::{check_cols, check_order, next_id};
 use crate::cpu::rope::RopeTable;
+use crate::kv::BLOCK_SIZE;
 use crate::memory::{Arena, cast_mut};
 use crate::{
     ActId, Attention, Backend, BufferId, Epilogue, Error, GateFn, HeadShape, KvId, KvLayout, LinearId, PartOrder, Pass,
@@ -191,6 +192,11 @@ impl CudaBackend {
         self.device.synchronize().unwrap();
     }
 
+    /// Copies of rows and sequences so far.
+    pub(super) fn copies(&self) -> usize {
+        self.passes.copies
+    }
+
     /// The content of a pool, and the width of its heads.
     pub(super) fn pool_values(&self, kv: KvId) -> (Vec<u16>, usize) {
         let pool = &self.pools[kv.0 as usize];
@@ -222,6 +228,19 @@ impl Backend for CudaBackend {
 
     fn threads(&self) -> usize {
         1
+    }
+
+    fn bandwidth(&mut self) -> Result<f64> {
+        self.device.copy_bandwidth()
+    }
+
+    fn linear_bytes(&self, weight: LinearId) -> u64 {
+        let parts = self.linears[weight.0 as usize].parts.iter();
+        parts.map(|part| part.tiles.len() + part.scales.as_ref().map_or(0, DeviceBytes::len)).sum::<usize>() as u64
+    }
+
+    fn kv_position_bytes(&self, kv: KvId) -> u64 {
+        (super::kv_block_bytes(self.pools[kv.0 as usize].layout) / BLOCK_SIZE) as u64
     }
 
     fn allocated_bytes(&self) -> u64 {

@@ -6,6 +6,7 @@
 
 mod attention;
 mod layer;
+mod passes;
 mod products;
 mod rope;
 mod rows;
