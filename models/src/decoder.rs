@@ -1,26 +1,26 @@
 //! The one forward pass: a decoder-only transformer, driven by a [`DecoderSpec`], over the ops of a [`Backend`].
 //!
 //! ```text
-//!   tokens ─embed─> x ─┬─ norm ─ qkv ─ rope+store ─ attention ─ o ──(+)─┬─ norm ─ gate·up ─ down ──(+)─> x   per layer
-//!                      └────────────────────────────────────────────────┴───────────────────────────┘
+//!   Batch ──┬── as it is ──────────────────────────┬──> layers ──> x     (`layers.rs`)
+//!           └── one row a sequence: padded, repeated ┘
 //!   x[outputs] ─ final norm ─ head ─> argmax | logits, a bounded number of rows at a time
 //! ```
 //!
 //! All arenas are allocated in [`Decoder::load`] from [`DecoderLimits`]; a forward pass allocates nothing.
 
 use cupola_kernels::{
-    ActId, Attention, Backend, BlockId, BufferId, Epilogue, KvId, KvType, LinearId, PartOrder, Pass, PassLimits,
-    Recorded, RopeId, RopeStore, Rows, SeqSpan, VectorId,
+    Backend, Epilogue, KvId, KvType, LinearId, PartOrder, Pass, PassLimits, Recorded, RopeId, Rows, VectorId,
 };
 
 use crate::last_rows::LastRows;
+use crate::layers::{Arenas, Layer, Layers, PassRows};
 use crate::spec::TensorNames;
 use crate::weights::Weights;
 use crate::{Batch, DecoderSpec, Error, Model, Result};
 
 /// Rows of logits that exist at one time. More output rows are computed in several rounds, so that a large vocabulary
 /// times many sequences stays a small, fixed piece of memory.
-const LOGIT_ROWS: usize = 32;
+pub(crate) const LOGIT_ROWS: usize = 32;
 
 /// Most rows of a pass that is recorded where a device does that; larger ones are long enough to hide their launches.
 const RECORDED_ROWS: usize = 64;
@@ -76,39 +76,6 @@ pub struct Decoder {
     unsaved: Option<cupola_kernels::Error>,
 }
 
-struct Layer {
-    attn_norm: VectorId,
-    qkv: LinearId,
-    qk_norm: Option<(VectorId, VectorId)>,
-    o: LinearId,
-    attn_post_norm: Option<VectorId>,
-    ffn_norm: VectorId,
-    gate_up: LinearId,
-    down: LinearId,
-    ffn_post_norm: Option<VectorId>,
-    slides: bool,
-}
-
-/// Working memory, `[max_batch_tokens, ...]` unless said otherwise.
-struct Arenas {
-    /// Residual stream, `[.., hidden]`.
-    x: BufferId,
-    /// Result of a sub-layer that is normed before it joins the residual stream, `[.., hidden]`.
-    y: Option<BufferId>,
-    /// Projections, `[.., (heads + 2 kv_heads) * head_dim]`.
-    qkv: BufferId,
-    /// Normed residual, `[.., hidden]`.
-    normed: ActId,
-    /// Attention's result, `[.., heads * head_dim]`.
-    attended: ActId,
-    /// Gated feed-forward, `[.., ffn]`.
-    gated: ActId,
-    /// Normed rows for the head, `[LOGIT_ROWS, hidden]`.
-    head_in: ActId,
-    /// `[LOGIT_ROWS, vocab]`.
-    logits: BufferId,
-}
-
 impl Decoder {
     /// Packs the weights of `model` for `backend` and allocates every arena. `progress(done, total)` is called once a
     /// layer.
@@ -146,7 +113,7 @@ impl Decoder {
             None => None,
         };
         let kv = backend.alloc_kv(spec.kv_layout(limits.kv_type), limits.kv_blocks)?;
-        let arenas = Arenas::alloc(&spec, &limits, backend.as_mut())?;
+        let arenas = Arenas::alloc(&spec, limits.max_batch_tokens, backend.as_mut())?;
         let window = spec.sliding.as_ref().map(|sliding| Some(sliding.window));
         let windows: Vec<_> = window.into_iter().chain([None]).collect();
         backend.reserve(&PassLimits {
@@ -378,152 +345,6 @@ fn sizes_up_to(most: usize) -> Vec<usize> {
     let mut sizes: Vec<_> = [1, 2, 4].into_iter().chain((8..).step_by(8)).take_while(|&size| size < most).collect();
     sizes.push(most);
     sizes
-}
-
-/// Rows of one pass through the layers.
-struct PassRows<'a> {
-    tokens: &'a [u32],
-    spans: &'a [SeqSpan],
-    /// Sequences and row numbers that the last layer finishes.
-    last: (&'a [SeqSpan], &'a [u32]),
-    block_table: &'a [BlockId],
-}
-
-/// What a pass through the layers needs beside a backend.
-struct Layers<'a> {
-    spec: &'a DecoderSpec,
-    embedding: LinearId,
-    layers: &'a [Layer],
-    /// For layers that see everything, and for those with a window.
-    ropes: (RopeId, RopeId),
-    kv: KvId,
-    arenas: &'a Arenas,
-}
-
-impl Layers<'_> {
-    /// From token ids to the residual stream of the last rows.
-    fn run(&self, backend: &mut dyn Backend, rows: &PassRows<'_>) -> cupola_kernels::Result<()> {
-        let &Layers { spec, kv, arenas, .. } = self;
-        backend.embed(self.embedding, rows.tokens, spec.embedding_scale, arenas.x)?;
-        for (i, layer) in self.layers.iter().enumerate() {
-            let rope = if layer.slides { self.ropes.1 } else { self.ropes.0 };
-            layer.store_keys(i, backend, spec, (kv, rope), arenas, rows)?;
-            let (spans, count) = if i + 1 < self.layers.len() {
-                (rows.spans, rows.tokens.len())
-            } else if rows.last.1.is_empty() {
-                break;
-            } else {
-                for buffer in [arenas.x, arenas.qkv] {
-                    backend.keep_rows(buffer, rows.last.1)?;
-                }
-                (rows.last.0, rows.last.1.len())
-            };
-            layer.attend(i, backend, spec, kv, arenas, (spans, rows.block_table, count))?;
-            layer.feed_forward(backend, spec, arenas, count)?;
-        }
-        Ok(())
-    }
-}
-
-impl Layer {
-    /// Projects every row and stores its keys and values.
-    fn store_keys(
-        &self,
-        index: usize,
-        backend: &mut dyn Backend,
-        spec: &DecoderSpec,
-        (kv, rope): (KvId, RopeId),
-        arenas: &Arenas,
-        pass: &PassRows<'_>,
-    ) -> cupola_kernels::Result<()> {
-        let rows = pass.tokens.len();
-        backend.rms_norm(arenas.x, Rows::First(rows), (self.attn_norm, spec.norm_eps), self.qkv, arenas.normed)?;
-        backend.linear(arenas.normed, rows, self.qkv, Epilogue::Store, arenas.qkv)?;
-        backend.rope_store(RopeStore {
-            qkv: arenas.qkv,
-            shape: spec.heads,
-            rope,
-            pairs: spec.rope.pairs,
-            query_scale: spec.query_scale,
-            qk_norm: self.qk_norm.map(|(q, k)| (q, k, spec.norm_eps)),
-            kv,
-            layer: index,
-            spans: pass.spans,
-            block_table: pass.block_table,
-        })
-    }
-
-    /// Attention of the rows of these spans over what is stored, and its output projection.
-    fn attend(
-        &self,
-        index: usize,
-        backend: &mut dyn Backend,
-        spec: &DecoderSpec,
-        kv: KvId,
-        arenas: &Arenas,
-        (spans, block_table, rows): (&[SeqSpan], &[BlockId], usize),
-    ) -> cupola_kernels::Result<()> {
-        backend.attention(Attention {
-            qkv: arenas.qkv,
-            shape: spec.heads,
-            softcap: spec.attention_softcap,
-            window: spec.sliding.as_ref().filter(|_| self.slides).map(|s| s.window),
-            kv,
-            layer: index,
-            spans,
-            block_table,
-            out: arenas.attended,
-            consumer: self.o,
-        })?;
-        add_to_residual(backend, spec, arenas, (arenas.attended, rows), self.o, self.attn_post_norm)
-    }
-
-    fn feed_forward(
-        &self,
-        backend: &mut dyn Backend,
-        spec: &DecoderSpec,
-        arenas: &Arenas,
-        rows: usize,
-    ) -> cupola_kernels::Result<()> {
-        backend.rms_norm(arenas.x, Rows::First(rows), (self.ffn_norm, spec.norm_eps), self.gate_up, arenas.normed)?;
-        backend.gate_up(arenas.normed, rows, self.gate_up, spec.gate, self.down, arenas.gated)?;
-        add_to_residual(backend, spec, arenas, (arenas.gated, rows), self.down, self.ffn_post_norm)
-    }
-}
-
-/// `x += input * weight^T`, through a norm where the family has one there.
-fn add_to_residual(
-    backend: &mut dyn Backend,
-    spec: &DecoderSpec,
-    arenas: &Arenas,
-    (input, rows): (ActId, usize),
-    weight: LinearId,
-    post_norm: Option<VectorId>,
-) -> cupola_kernels::Result<()> {
-    match (post_norm, arenas.y) {
-        (Some(norm), Some(y)) => {
-            backend.linear(input, rows, weight, Epilogue::Store, y)?;
-            backend.rms_norm_add(y, rows, (norm, spec.norm_eps), arenas.x)?;
-        }
-        _ => backend.linear(input, rows, weight, Epilogue::Add, arenas.x)?,
-    }
-    Ok(())
-}
-
-impl Arenas {
-    fn alloc(spec: &DecoderSpec, limits: &DecoderLimits, backend: &mut dyn Backend) -> Result<Self> {
-        let rows = limits.max_batch_tokens;
-        Ok(Self {
-            x: backend.alloc_buffer(rows, spec.hidden)?,
-            y: if spec.post_norms { Some(backend.alloc_buffer(rows, spec.hidden)?) } else { None },
-            qkv: backend.alloc_buffer(rows, spec.heads.qkv_cols())?,
-            normed: backend.alloc_act(rows, spec.hidden)?,
-            attended: backend.alloc_act(rows, spec.heads.heads * spec.heads.head_dim)?,
-            gated: backend.alloc_act(rows, spec.ffn)?,
-            head_in: backend.alloc_act(LOGIT_ROWS, spec.hidden)?,
-            logits: backend.alloc_buffer(LOGIT_ROWS, spec.vocab)?,
-        })
-    }
 }
 
 /// Moves tensors from their files into a backend, checking every shape against the spec.

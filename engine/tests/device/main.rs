@@ -150,7 +150,7 @@ struct Answer {
 
 /// Answers to all prompts, asked together.
 fn answers(engine: &EngineHandle, prompts: &[Vec<u32>], logprobs: Option<u8>) -> Vec<Answer> {
-    let streams: Vec<_> = prompts.iter().enumerate().map(|(i, prompt)| {
+    let streams = prompts.iter().enumerate().map(|(i, prompt)| {
         let mut request = Request::greedy(prompt.clone(), 6 + i % 5 * 4);
         request.stop.ignore_eos = true;
         request.logprobs = logprobs;
