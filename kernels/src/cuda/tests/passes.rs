@@ -90,8 +90,8 @@ fn a_recorded_pass_reads_what_it_was_told_last() {
         plain.pass(tokens, i as u32);
         let rows = |rig: &mut Rig, buffer| get(&mut rig.backend, buffer, tokens.len());
         let (out, qkv) = (rig.out, rig.qkv);
-        assert_eq!(rows(&mut rig, out), rows(&mut plain, plain.out), "{tokens:?}");
-        assert_eq!(rows(&mut rig, qkv), rows(&mut plain, plain.qkv), "{tokens:?}");
+        assert_eq!(rows(&mut rig, out), rows(&mut plain, out), "{tokens:?}");
+        assert_eq!(rows(&mut rig, qkv), rows(&mut plain, qkv), "{tokens:?}");
         // Position i of the blocks: the only one that the other backend has written.
         let ((got, width), (expected, _)) = (rig.backend.pool_values(rig.kv), plain.backend.pool_values(plain.kv));
         let key = |values: &[u16], block: usize| values[(block * 2 * 32 + i) * width..][..width].to_vec();
