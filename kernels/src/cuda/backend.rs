@@ -4,11 +4,12 @@
 //!   CudaBackend ── Device (stream, kernels)
 //!     ├── arenas    buffers f32 [rows, cols] · acts bf16 [rows, cols to a multiple of 32, zeros behind]
 //!     ├── weights   Linear: tiles of bf16 or quants          products: small_* | expand_* + tile_*
+//!     ├── samplers  what draws tokens               sample_*
 //!     ├── pools     bf16, heads padded to a width that has kernels
 //!     └── batches   tables of the last batches               rope_store, decode_*, prefill_*, attention_merge
 //! ```
 //!
-//! Every op checks its sizes as the CPU's do, then submits kernels and returns; only `linear_argmax` and `for_each_row` wait.
+//! Every op checks its sizes as the CPU's do, then submits kernels and returns; only `linear_argmax`, `draw` and ops on rows of the host wait.
 //! The residual stream and all projections are f32, what matrix products and attention multiply is bf16, sums are f32.
 
 use super::DeviceInfo;
@@ -17,13 +18,15 @@ use super::driver::{Arg, Device, DeviceBytes, Launch};
 use super::fields::{Fields, NULL};
 use super::pool::{NO_WINDOW, Pool, launch_attention};
 use super::products::{Expanded, Finish, Input, Output, product};
+use super::sampling::Sampler;
+use super::scratch::{argmax_bytes, index_bytes};
 use super::weights::{Format, Linear};
 use crate::checks::{check_cols, check_order, next_id};
 use crate::cpu::rope::RopeTable;
 use crate::memory::{Arena, cast_mut};
 use crate::{
-    ActId, Attention, Backend, BufferId, Epilogue, Error, GateFn, HeadShape, KvId, KvLayout, LinearId, PartOrder,
-    Result, RopeId, RopePairs, RopeStore, Rows, VectorId, WeightPart,
+    ActId, Attention, Backend, BufferId, DrawRows, Drawn, Epilogue, Error, GateFn, HeadShape, KvId, KvLayout, LinearId,
+    PartOrder, Result, RopeId, RopePairs, RopeStore, Rows, SamplerId, VectorId, WeightPart,
 };
 
 /// An f32 arena of shape `[rows, cols]`.
@@ -98,6 +101,7 @@ pub struct CudaBackend {
     buffers: Vec<Buffer>,
     acts: Vec<Act>,
     pools: Vec<Pool>,
+    samplers: Vec<Sampler>,
     batches: Batches,
     expanded: Expanded,
     /// Token ids or row numbers of the op under way.
@@ -127,6 +131,7 @@ impl CudaBackend {
             buffers: Vec::new(),
             acts: Vec::new(),
             pools: Vec::new(),
+            samplers: Vec::new(),
             batches: Batches::default(),
             expanded: Expanded::default(),
             indices: None,
@@ -138,7 +143,7 @@ impl CudaBackend {
     /// Copies `values` to where kernels find token ids or row numbers.
     fn send_indices(&mut self, values: &[u32]) -> Result<Arg> {
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        fit(&mut self.device, &mut self.indices, bytes.len().max(1 << 12), "row numbers")?;
+        fit(&mut self.device, &mut self.indices, index_bytes(values.len()), "row numbers")?;
         let memory = self.indices.as_mut().expect("`fit` made it");
         self.device.upload(memory, 0, &bytes)?;
         Ok(memory.at(0))
@@ -256,6 +261,13 @@ impl Backend for CudaBackend {
         let id = KvId(next_id(&self.pools));
         self.pools.push(pool);
         Ok(id)
+    }
+
+    fn alloc_sampler(&mut self, rows: usize, vocab: usize) -> Result<Option<SamplerId>> {
+        let sampler = Sampler::new(&mut self.device, rows, vocab)?;
+        let id = SamplerId(next_id(&self.samplers));
+        self.samplers.push(sampler);
+        Ok(Some(id))
     }
 
     fn embed(&mut self, table: LinearId, tokens: &[u32], scale: f32, out: BufferId) -> Result<()> {
@@ -488,11 +500,11 @@ impl Backend for CudaBackend {
         check_order(OP, weight.order, PartOrder::Concat)?;
         let x = self.acts[x.0 as usize].read(OP, rows, weight.cols)?;
         let panels = weight.panels();
-        let bytes = rows * panels * 4;
-        if self.argmax.as_ref().is_none_or(|scratch| scratch[0].len() < bytes || scratch[2].len() < 4 * rows) {
+        let [each, _, all] = argmax_bytes(rows, panels);
+        if self.argmax.as_ref().is_none_or(|scratch| scratch[0].len() < each || scratch[2].len() < all) {
             self.argmax = None;
-            let mut alloc = |bytes: usize| self.device.alloc(bytes.next_power_of_two(), "the best of each panel");
-            self.argmax = Some([alloc(bytes)?, alloc(bytes)?, alloc(4 * rows)?]);
+            let mut alloc = |bytes: usize| self.device.alloc(bytes, "the best of each panel");
+            self.argmax = Some([alloc(each)?, alloc(each)?, alloc(all)?]);
         }
         let [values, features, best] = self.argmax.as_ref().expect("it was just made where there was none");
         let output = Output { memory: values, stride: panels, index: Some(features) };
@@ -508,28 +520,40 @@ impl Backend for CudaBackend {
     }
 
     fn for_each_row(&mut self, buffer: BufferId, rows: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {
-        self.take_rows(buffer, rows, f)?;
+        self.take_rows(buffer, Rows::First(rows), f)?;
         let buffer = &mut self.buffers[buffer.0 as usize];
         let bytes = rows * buffer.cols * size_of::<f32>();
         self.device.upload(&mut buffer.values, 0, &self.host[..bytes])
     }
 
-    fn take_rows(&mut self, buffer: BufferId, rows: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {
+    fn take_rows(&mut self, buffer: BufferId, rows: Rows<'_>, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {
         let buffer = &self.buffers[buffer.0 as usize];
         let cols = buffer.cols;
-        buffer.check("for_each_row", rows, cols)?;
-        if rows * cols == 0 {
+        let end = match rows {
+            Rows::First(n) => n,
+            Rows::Picked(rows) => rows.iter().max().map_or(0, |&row| row as usize + 1),
+        };
+        buffer.check("for_each_row", end, cols)?;
+        let row_bytes = cols * size_of::<f32>();
+        let bytes = rows.len() * row_bytes;
+        if bytes == 0 {
             return Ok(());
         }
-        let bytes = rows * cols * size_of::<f32>();
         if self.host.len() < bytes {
             self.host = Arena::zeroed(bytes.next_power_of_two(), "rows on the host")?;
         }
         let host = &mut self.host[..bytes];
-        self.device.download(&buffer.values, 0, host)?;
+        match rows {
+            Rows::First(_) => self.device.download(&buffer.values, 0, host)?,
+            Rows::Picked(rows) => {
+                for (&row, host) in rows.iter().zip(host.chunks_exact_mut(row_bytes)) {
+                    self.device.download(&buffer.values, row as usize * row_bytes, host)?;
+                }
+            }
+        }
         let values: &mut [f32] = cast_mut(host);
-        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(rows);
-        let share = rows.div_ceil(threads);
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(rows.len());
+        let share = rows.len().div_ceil(threads);
         std::thread::scope(|scope| {
             for (i, values) in values.chunks_mut(share * cols).enumerate() {
                 let mut work = move || {
@@ -546,5 +570,22 @@ impl Backend for CudaBackend {
             }
         });
         Ok(())
+    }
+
+    fn draw(&mut self, op: DrawRows<'_>, out: &mut Vec<Drawn>) -> Result<()> {
+        const OP: &str = "draw";
+        let sampler = &mut self.samplers[op.sampler.0 as usize];
+        let logits = &self.buffers[op.logits.0 as usize];
+        logits.check(OP, op.draws.last().map_or(0, |(row, _)| *row as usize + 1), sampler.vocab())?;
+        if !op.draws.is_sorted_by(|a, b| a.0 < b.0) {
+            let rows: Vec<_> = op.draws.iter().map(|(row, _)| row).collect();
+            return Err(Error::Shape { op: OP, expected: "rows in ascending order".into(), got: format!("{rows:?}") });
+        }
+        if op.softcap.is_some_and(|cap| !(cap > 0.0 && cap.is_finite())) {
+            let expected = "a softcap above 0".into();
+            return Err(Error::Shape { op: OP, expected, got: format!("{:?}", op.softcap) });
+        }
+        out.clear();
+        sampler.draw(&mut self.device, &logits.values, op.softcap, op.draws, out)
     }
 }

@@ -166,7 +166,7 @@ impl Batches {
         // The oldest leaves its memory to the new one.
         let mut memory = if self.kept.len() < KEPT { None } else { self.kept.remove(0).memory };
         if memory.as_ref().is_none_or(|memory| memory.len() < bytes.len()) {
-            memory = Some(device.alloc(bytes.len().next_power_of_two().max(1 << 16), "tables of a batch")?);
+            memory = Some(device.alloc(table_room(bytes.len()), "tables of a batch")?);
         }
         let mut memory = memory.expect("it was just made where there was none");
         device.upload(&mut memory, 0, &bytes)?;
@@ -197,6 +197,19 @@ impl Batches {
         }
         Ok(())
     }
+}
+
+/// Bytes allocated for a table of this many.
+fn table_room(bytes: usize) -> usize {
+    bytes.next_power_of_two().max(1 << 16)
+}
+
+/// Bytes of all tables that are kept, for batches of up to so many rows and sequences, block tables of `table` blocks
+/// together, and `group` query heads for each key/value head.
+pub(super) fn most_table_bytes((rows, sequences): (usize, usize), table: usize, group: usize) -> usize {
+    // Two items of few rows a sequence, each with a merge, and their pieces; the items of many rows.
+    let items = 4 * sequences + SLOTS + sequences + (rows * group).div_ceil(MANY);
+    KEPT * table_room(4 * (2 * rows + table + Item::WORDS * (items + 1)))
 }
 
 /// Cuts the attention of a batch into items: those with few rows, those with many, and merges. The longest come first, so

@@ -9,6 +9,7 @@ mod layer;
 mod products;
 mod rope;
 mod rows;
+mod sampling;
 mod speed;
 
 use std::sync::Mutex;
