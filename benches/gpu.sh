@@ -35,7 +35,8 @@ if command -v nvidia-smi >/dev/null; then
   say "# $(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem --format=csv,noheader | head -1)"
 fi
 
-# 1. Parity: every op on the device against the scalar reference, and a whole tiny model.
+# 1. Parity: every op on the device against the scalar reference, drawing tokens among them, and a whole tiny model. Then the
+# speed of kernels, the last table of which is that of drawing tokens.
 if step parity 150 "$tests" cuda::tests --test-threads=1 --nocapture; then
   say "parity: $(grep -ho 'cuda tests run on .*' "$out/parity.log" | head -1); $(grep -h '^test result' "$out/parity.log" | tail -1)"
 fi

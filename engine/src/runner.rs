@@ -1,5 +1,6 @@
 //! What the step loop needs of a model, so that tests can put a small one in its place.
 
+use cupola_kernels::{Draw, Drawn};
 use cupola_models::{Batch, Decoder};
 
 /// Why a batch was not computed.
@@ -53,6 +54,25 @@ pub trait ModelRunner: Send {
     /// # Errors
     /// As [`ModelRunner::forward`].
     fn for_each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<(), RunError>;
+
+    /// True when [`ModelRunner::draw`] draws tokens where the logits are.
+    fn draws(&self) -> bool {
+        false
+    }
+
+    /// For a runner that draws tokens, as [`ModelRunner::for_each_logits`], with a place in `draws` for every output row: where there is a
+    /// draw, its token goes to `drawn`, one after the other, and `f` runs for the other rows alone.
+    ///
+    /// # Errors
+    /// As [`ModelRunner::forward`].
+    fn draw(
+        &mut self,
+        _draws: &[Option<Draw<'_>>],
+        _drawn: &mut Vec<Drawn>,
+        _f: &(dyn Fn(usize, &mut [f32]) + Sync),
+    ) -> Result<(), RunError> {
+        Err("this runner draws no tokens".to_owned().into())
+    }
 }
 
 impl ModelRunner for Decoder {
@@ -74,5 +94,18 @@ impl ModelRunner for Decoder {
 
     fn for_each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<(), RunError> {
         Ok(Decoder::for_each_logits(self, f)?)
+    }
+
+    fn draws(&self) -> bool {
+        Decoder::draws(self)
+    }
+
+    fn draw(
+        &mut self,
+        draws: &[Option<Draw<'_>>],
+        drawn: &mut Vec<Drawn>,
+        f: &(dyn Fn(usize, &mut [f32]) + Sync),
+    ) -> Result<(), RunError> {
+        Ok(Decoder::draw(self, draws, drawn, f)?)
     }
 }

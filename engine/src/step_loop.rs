@@ -31,6 +31,7 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use cupola_kernels::{Drawn, NoToken};
 use cupola_models::Batch;
 
 use crate::answer::Answer;
@@ -58,6 +59,8 @@ pub(crate) struct StepLoop {
     outputs: Vec<Output>,
     scratch: Scratch,
     results: Vec<Mutex<Result<Outcome, &'static str>>>,
+    /// Tokens that the runner drew by itself.
+    drawn: Vec<Drawn>,
     /// Tokens that were accepted and not told yet.
     untold: Vec<Untold>,
 }
@@ -128,6 +131,7 @@ impl StepLoop {
             scratch: Scratch::default(),
             results: Vec::new(),
             untold: Vec::new(),
+            drawn: Vec::new(),
         }
     }
 
@@ -414,28 +418,38 @@ impl StepLoop {
             let vocab = self.shared.vocab;
             self.results.extend(tokens.iter().map(|&token| {
                 let choice = Outcome::Choice(Choice { token, logprobs: None });
-                Mutex::new(if (token as usize) < vocab {
-                    Ok(choice)
-                } else {
-                    Err("the model's output is not a number")
-                })
+                Mutex::new(if (token as usize) < vocab { Ok(choice) } else { Err(NoToken::NotANumber.message()) })
             }));
             return Ok(());
         }
         self.results.resize_with(self.outputs.len(), || Mutex::new(Ok(Outcome::Nothing)));
         let (outputs, answers, scratch, results) = (&self.outputs, &self.answers, &self.scratch, &self.results);
-        self.runner.for_each_logits(&|row, logits| {
-            let output = outputs[row];
+        let sampler_of =
+            |output: &Output| &answers[output.slot].as_ref().expect("a running sequence has a request").sampler;
+        let on_host = |row: usize, logits: &mut [f32]| {
+            let output = &outputs[row];
             let outcome = match output.purpose {
-                Purpose::Answer(index) => {
-                    let answer = answers[output.slot].as_ref().expect("a running sequence has a request");
-                    answer.sampler.choose(index, logits, scratch).map(Outcome::Choice)
-                }
+                Purpose::Answer(index) => sampler_of(output).choose(index, logits, scratch).map(Outcome::Choice),
                 Purpose::Score { token, top } => sampler::score(logits, token, top).map(Outcome::Score),
                 Purpose::Ignore => Ok(Outcome::Nothing),
             };
             *results[row].lock().unwrap_or_else(PoisonError::into_inner) = outcome;
-        })
+        };
+        if !self.runner.draws() {
+            return self.runner.for_each_logits(&on_host);
+        }
+        let draw = |output: &Output| match output.purpose {
+            Purpose::Answer(index) => sampler_of(output).draw(index),
+            Purpose::Score { .. } | Purpose::Ignore => None,
+        };
+        let draws: Vec<_> = outputs.iter().map(draw).collect();
+        self.runner.draw(&draws, &mut self.drawn, &on_host)?;
+        let rows = self.results.iter_mut().zip(&draws).filter(|(_, draw)| draw.is_some());
+        for ((result, _), drawn) in rows.zip(&self.drawn) {
+            let choice = drawn.map(|token| Outcome::Choice(Choice { token, logprobs: None }));
+            *result = Mutex::new(choice.map_err(NoToken::message));
+        }
+        Ok(())
     }
 
     /// Gives the sampled tokens to their sequences; those whose answers they end leave.

@@ -21,6 +21,7 @@ mod checks;
 pub mod cpu;
 #[cfg(unix)]
 pub mod cuda;
+pub mod draw;
 pub mod error;
 pub mod format;
 pub mod kv;
@@ -28,6 +29,7 @@ pub mod memory;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
+pub use draw::{Draw, Drawn, NoToken};
 pub use error::{Error, Result};
 pub use format::WeightType;
 pub use kv::{BlockId, KvLayout, KvType, SeqSpan};
@@ -51,6 +53,10 @@ pub struct LinearId(pub(crate) u32);
 /// Handle of a rotary-embedding table, `[max_positions, rotary_dim / 2]` cosines and sines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RopeId(pub(crate) u32);
+
+/// Handle of the memory that tokens are drawn with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SamplerId(pub(crate) u32);
 
 /// Handle of a paged key/value pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -206,6 +212,19 @@ pub struct Attention<'a> {
     pub consumer: LinearId,
 }
 
+/// Arguments of [`Backend::draw`].
+#[derive(Clone, Copy, Debug)]
+pub struct DrawRows<'a> {
+    /// Memory for so many rows of this vocabulary.
+    pub sampler: SamplerId,
+    /// `[rows, vocab]`; what the rows named hold afterwards is undefined.
+    pub logits: BufferId,
+    /// `logit = cap * tanh(logit / cap)` before anything else, when set.
+    pub softcap: Option<f32>,
+    /// Rows, ascending, and how their tokens are drawn.
+    pub draws: &'a [(u32, Draw<'a>)],
+}
+
 /// Sizes of the largest pass of a decoder, for [`Backend::reserve`].
 #[derive(Clone, Copy, Debug)]
 pub struct PassLimits<'a> {
@@ -306,6 +325,12 @@ pub trait Backend: Send {
     /// Allocates a pool of `num_blocks` key/value blocks.
     fn alloc_kv(&mut self, layout: KvLayout, num_blocks: usize) -> Result<KvId>;
 
+    /// Makes room to draw tokens from up to `rows` rows of `vocab` logits at a time. `None`: this backend leaves that to its
+    /// caller, who gets the logits by [`Backend::take_rows`] at no cost.
+    fn alloc_sampler(&mut self, _rows: usize, _vocab: usize) -> Result<Option<SamplerId>> {
+        Ok(None)
+    }
+
     /// Allocates what passes need beside the arenas, so that none within these limits allocates anything.
     fn reserve(&mut self, _limits: &PassLimits<'_>) -> Result<()> {
         Ok(())
@@ -387,9 +412,30 @@ pub trait Backend: Send {
     /// Runs `f(row, values)` for the first `rows` rows of an arena, several at a time on the worker threads.
     fn for_each_row(&mut self, buffer: BufferId, rows: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()>;
 
-    /// As [`Backend::for_each_row`], but what the rows of the arena hold afterwards is undefined: a device need not copy
-    /// back what `f` leaves.
-    fn take_rows(&mut self, buffer: BufferId, rows: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {
-        self.for_each_row(buffer, rows, f)
+    /// Runs `f(i, values)` for the `i`-th of these rows as [`Backend::for_each_row`] does; [`Rows::Picked`] ascend. What the rows
+    /// hold afterwards is undefined: a device need not copy back what `f` leaves.
+    fn take_rows(&mut self, buffer: BufferId, rows: Rows<'_>, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {
+        match rows {
+            Rows::First(rows) => self.for_each_row(buffer, rows, f),
+            Rows::Picked(picked) => {
+                let rows = picked.last().map_or(0, |&last| last as usize + 1);
+                self.for_each_row(buffer, rows, &|row, values| {
+                    if let Ok(i) = picked.binary_search_by_key(&row, |&row| row as usize) {
+                        f(i, values);
+                    }
+                })
+            }
+        }
+    }
+
+    /// Draws a token from each of these rows; `out` receives them in the order of `draws`. A row's token depends on the row
+    /// and its draw alone.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a token beyond the vocabulary or a number out of its range, for more rows than the sampler has
+    /// room for, and from backends without a sampler.
+    fn draw(&mut self, _op: DrawRows<'_>, _out: &mut Vec<Drawn>) -> Result<()> {
+        let (expected, got) = ("a backend that draws tokens".into(), self.describe());
+        Err(Error::Shape { op: "draw", expected, got })
     }
 }

@@ -3,13 +3,14 @@
 //! ```text
 //!   Batch ──┬── as it is ──────────────────────────┬──> layers ──> x     (`layers.rs`)
 //!           └── one row a sequence: padded, repeated ┘
-//!   x[outputs] ─ final norm ─ head ─> argmax | logits, a bounded number of rows at a time
+//!   x[outputs] ─ final norm ─ head ─> argmax | logits ─> tokens drawn, a bounded number of rows at a time
 //! ```
 //!
 //! All arenas are allocated in [`Decoder::load`] from [`DecoderLimits`]; a forward pass allocates nothing.
 
 use cupola_kernels::{
-    Backend, Epilogue, KvId, KvType, LinearId, PartOrder, Pass, PassLimits, Recorded, RopeId, Rows, VectorId,
+    Backend, Draw, DrawRows, Drawn, Epilogue, KvId, KvType, LinearId, PartOrder, Pass, PassLimits, Recorded, RopeId,
+    Rows, VectorId,
 };
 
 use crate::last_rows::LastRows;
@@ -41,6 +42,9 @@ pub struct DecoderLimits {
 }
 
 impl DecoderLimits {
+    /// Rows of logits that exist at one time.
+    pub const LOGIT_ROWS: usize = LOGIT_ROWS;
+
     /// Bytes of the arenas that a decoder of this shape allocates beside its weights and key/value pool.
     pub fn arena_bytes(&self, spec: &DecoderSpec) -> u64 {
         let float = size_of::<f32>();
@@ -228,7 +232,7 @@ impl Decoder {
     }
 
     /// Runs one batch through every layer: writes its keys and values, and makes its output rows ready for
-    /// [`Decoder::argmax`] (greedy batches) or [`Decoder::for_each_logits`] (all others).
+    /// [`Decoder::argmax`] (greedy batches) or [`Decoder::for_each_logits`] and [`Decoder::draw`] (all others).
     ///
     /// # Errors
     /// A batch that is larger than the limits, or a token id beyond the vocabulary.
@@ -319,16 +323,71 @@ impl Decoder {
     pub fn for_each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {
         let cap = self.spec.logit_softcap;
         for start in (0..self.last.outputs.len()).step_by(LOGIT_ROWS) {
-            let rows = self.norm_for_head(start)?;
-            self.backend.linear(self.arenas.head_in, rows, self.head, Epilogue::Store, self.arenas.logits)?;
-            self.backend.take_rows(self.arenas.logits, rows, &|row, logits| {
-                if let Some(cap) = cap {
-                    logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
-                }
+            let rows = self.logits(start)?;
+            self.backend.take_rows(self.arenas.logits, Rows::First(rows), &|row, logits| {
+                softcap(cap, logits);
                 f(start + row, logits);
             })?;
         }
         Ok(())
+    }
+
+    /// True when the backend draws tokens, which is what [`Decoder::draw`] needs.
+    pub fn draws(&self) -> bool {
+        self.arenas.sampler.is_some()
+    }
+
+    /// Draws a token for the output rows of the last batch that have a draw in `draws`, one place an output row; `drawn`
+    /// receives these tokens in order. For the other rows it calls `f` as [`Decoder::for_each_logits`] does.
+    ///
+    /// # Errors
+    /// A number of draws that is not that of the output rows, a backend that draws no tokens, and what
+    /// [`cupola_kernels::Backend::draw`] refuses.
+    pub fn draw(
+        &mut self,
+        draws: &[Option<Draw<'_>>],
+        drawn: &mut Vec<Drawn>,
+        f: &(dyn Fn(usize, &mut [f32]) + Sync),
+    ) -> Result<()> {
+        let (Some(sampler), true) = (self.arenas.sampler, draws.len() == self.last.outputs.len()) else {
+            return Err(cupola_kernels::Error::Shape {
+                op: "draw",
+                expected: format!("{} rows, on a device that draws tokens", self.last.outputs.len()),
+                got: format!("{} on {}", draws.len(), self.backend.describe()),
+            }
+            .into());
+        };
+        let cap = self.spec.logit_softcap;
+        let (mut picked, mut others, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
+        drawn.clear();
+        for (start, draws) in (0..).step_by(LOGIT_ROWS).zip(draws.chunks(LOGIT_ROWS)) {
+            self.logits(start)?;
+            picked.clear();
+            others.clear();
+            for (row, draw) in (0..).zip(draws) {
+                match draw {
+                    Some(draw) => picked.push((row, *draw)),
+                    None => others.push(row),
+                }
+            }
+            let logits = self.arenas.logits;
+            if !picked.is_empty() {
+                self.backend.draw(DrawRows { sampler, logits, softcap: cap, draws: &picked }, &mut tokens)?;
+                drawn.append(&mut tokens);
+            }
+            self.backend.take_rows(logits, Rows::Picked(&others), &|i, logits| {
+                softcap(cap, logits);
+                f(start + others[i] as usize, logits);
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The logits of up to [`LOGIT_ROWS`] output rows from index `start` on; returns how many.
+    fn logits(&mut self, start: usize) -> Result<usize> {
+        let rows = self.norm_for_head(start)?;
+        self.backend.linear(self.arenas.head_in, rows, self.head, Epilogue::Store, self.arenas.logits)?;
+        Ok(rows)
     }
 
     /// Norms up to [`LOGIT_ROWS`] output rows from index `start` on; returns how many.
@@ -337,6 +396,13 @@ impl Decoder {
         let norm = (self.final_norm, self.spec.norm_eps);
         self.backend.rms_norm(self.arenas.x, Rows::Picked(picked), norm, self.head, self.arenas.head_in)?;
         Ok(picked.len())
+    }
+}
+
+/// `logit = cap * tanh(logit / cap)`, where the model has a cap.
+fn softcap(cap: Option<f32>, logits: &mut [f32]) {
+    if let Some(cap) = cap {
+        logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
     }
 }
 

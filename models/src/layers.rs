@@ -8,8 +8,8 @@
 //! It is all that a device records of a step, so nothing in here may wait for results.
 
 use cupola_kernels::{
-    ActId, Attention, Backend, BlockId, BufferId, Epilogue, KvId, LinearId, Result, RopeId, RopeStore, Rows, SeqSpan,
-    VectorId,
+    ActId, Attention, Backend, BlockId, BufferId, Epilogue, KvId, LinearId, Result, RopeId, RopeStore, Rows, SamplerId,
+    SeqSpan, VectorId,
 };
 
 use crate::DecoderSpec;
@@ -47,6 +47,8 @@ pub(crate) struct Arenas {
     pub(crate) head_in: ActId,
     /// `[LOGIT_ROWS, vocab]`.
     pub(crate) logits: BufferId,
+    /// For `LOGIT_ROWS` rows, where the backend draws tokens.
+    pub(crate) sampler: Option<SamplerId>,
 }
 
 /// Rows of one pass through the layers.
@@ -185,6 +187,7 @@ impl Arenas {
             gated: backend.alloc_act(rows, spec.ffn)?,
             head_in: backend.alloc_act(LOGIT_ROWS, spec.hidden)?,
             logits: backend.alloc_buffer(LOGIT_ROWS, spec.vocab)?,
+            sampler: backend.alloc_sampler(LOGIT_ROWS, spec.vocab)?,
         })
     }
 }

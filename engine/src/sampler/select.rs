@@ -73,6 +73,8 @@ pub(super) fn draw(
     if params.min_p > 0.0 {
         candidates.retain(|c| c.value >= params.min_p);
     }
+    // In the order of tokens, however they were found, as a device lays them out too.
+    candidates.sort_unstable_by_key(|c| c.token);
     let mut point = uniform * mass(candidates);
     let drawn = candidates.iter().find(|c| {
         point -= f64::from(c.value);

@@ -4,13 +4,14 @@
 //!   CudaBackend ── Device (stream, kernels)
 //!     ├── arenas    buffers f32 [rows, cols] · acts bf16 [rows, cols to a multiple of 32, zeros behind]
 //!     ├── weights   Linear: tiles of bf16 or quants          products: small_* | expand_* + tile_*
+//!     ├── samplers  what draws tokens               sample_*
 //!     ├── pools     bf16, heads padded to a width that has kernels
 //!     ├── passes    what ops read of rows and sequences      embed, rope_store, decode_*, prefill_*, attention_merge
 //!     └── graphs    passes that were recorded
 //! ```
 //!
-//! Every op checks its sizes as the CPU's do, then submits kernels and returns; only `argmaxes`, `for_each_row` and `take_rows`
-//! wait.
+//! Every op checks its sizes as the CPU's do, then submits kernels and returns; only `argmaxes`, `draw` and ops on rows
+//! of the host wait.
 //! The residual stream and all projections are f32, what matrix products and attention multiply is bf16, sums are f32.
 
 use std::sync::Arc;
@@ -24,14 +25,16 @@ use super::pass::Passes;
 use super::pinned::Pinned;
 use super::pool::{NO_WINDOW, Pool, launch_attention};
 use super::products::{Expanded, Finish, Input, Output, product};
+use super::sampling::Sampler;
+use super::scratch::argmax_bytes;
 use super::weights::{Format, Linear};
 use crate::checks::{check_cols, check_order, next_id};
 use crate::cpu::rope::RopeTable;
 use crate::kv::BLOCK_SIZE;
 use crate::memory::{Arena, cast_mut};
 use crate::{
-    ActId, Attention, Backend, BufferId, Epilogue, Error, GateFn, HeadShape, KvId, KvLayout, LinearId, PartOrder, Pass,
-    PassLimits, Recorded, Result, RopeId, RopePairs, RopeStore, Rows, VectorId, WeightPart,
+    ActId, Attention, Backend, BufferId, DrawRows, Drawn, Epilogue, Error, GateFn, HeadShape, KvId, KvLayout, LinearId,
+    PartOrder, Pass, PassLimits, Recorded, Result, RopeId, RopePairs, RopeStore, Rows, SamplerId, VectorId, WeightPart,
 };
 
 /// An f32 arena of shape `[rows, cols]`.
@@ -106,6 +109,7 @@ pub struct CudaBackend {
     buffers: Vec<Buffer>,
     acts: Vec<Act>,
     pools: Vec<Pool>,
+    samplers: Vec<Sampler>,
     passes: Passes,
     graphs: Graphs,
     expanded: Expanded,
@@ -138,6 +142,7 @@ impl CudaBackend {
             buffers: Vec::new(),
             acts: Vec::new(),
             pools: Vec::new(),
+            samplers: Vec::new(),
             passes: Passes::default(),
             graphs: Graphs::default(),
             expanded: Expanded::default(),
@@ -157,7 +162,7 @@ impl CudaBackend {
     /// Makes room for the panels of an argmax of `rows` rows, and for results up to `results`.
     fn fit_argmax(&mut self, weight: LinearId, rows: usize, results: usize) -> Result<()> {
         const WHAT: &str = "the best of each panel";
-        let bytes = rows * self.linears[weight.0 as usize].panels() * 4;
+        let bytes = argmax_bytes(rows, self.linears[weight.0 as usize].panels());
         if self.panels.as_ref().is_none_or(|panels| panels[0].len() < bytes) {
             self.panels = None;
             self.panels = Some([self.device.alloc(bytes, WHAT)?, self.device.alloc(bytes, WHAT)?]);
@@ -290,6 +295,13 @@ impl Backend for CudaBackend {
         let id = KvId(next_id(&self.pools));
         self.pools.push(pool);
         Ok(id)
+    }
+
+    fn alloc_sampler(&mut self, rows: usize, vocab: usize) -> Result<Option<SamplerId>> {
+        let sampler = Sampler::new(&mut self.device, rows, vocab)?;
+        let id = SamplerId(next_id(&self.samplers));
+        self.samplers.push(sampler);
+        Ok(Some(id))
     }
 
     fn embed(&mut self, table: LinearId, tokens: &[u32], scale: f32, out: BufferId) -> Result<()> {
@@ -608,28 +620,40 @@ impl Backend for CudaBackend {
     }
 
     fn for_each_row(&mut self, buffer: BufferId, rows: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {
-        self.take_rows(buffer, rows, f)?;
+        self.take_rows(buffer, Rows::First(rows), f)?;
         let buffer = &mut self.buffers[buffer.0 as usize];
         let bytes = rows * buffer.cols * size_of::<f32>();
         self.device.upload(&mut buffer.values, 0, &self.host[..bytes])
     }
 
-    fn take_rows(&mut self, buffer: BufferId, rows: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {
+    fn take_rows(&mut self, buffer: BufferId, rows: Rows<'_>, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {
         let buffer = &self.buffers[buffer.0 as usize];
         let cols = buffer.cols;
-        buffer.check("for_each_row", rows, cols)?;
-        if rows * cols == 0 {
+        let end = match rows {
+            Rows::First(n) => n,
+            Rows::Picked(rows) => rows.iter().max().map_or(0, |&row| row as usize + 1),
+        };
+        buffer.check("for_each_row", end, cols)?;
+        let row_bytes = cols * size_of::<f32>();
+        let bytes = rows.len() * row_bytes;
+        if bytes == 0 {
             return Ok(());
         }
-        let bytes = rows * cols * size_of::<f32>();
         if self.host.len() < bytes {
             self.host = Arena::zeroed(bytes.next_power_of_two(), "rows on the host")?;
         }
         let host = &mut self.host[..bytes];
-        self.device.download(&buffer.values, 0, host)?;
+        match rows {
+            Rows::First(_) => self.device.download(&buffer.values, 0, host)?,
+            Rows::Picked(rows) => {
+                for (&row, host) in rows.iter().zip(host.chunks_exact_mut(row_bytes)) {
+                    self.device.download(&buffer.values, row as usize * row_bytes, host)?;
+                }
+            }
+        }
         let values: &mut [f32] = cast_mut(host);
-        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(rows);
-        let share = rows.div_ceil(threads);
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(rows.len());
+        let share = rows.len().div_ceil(threads);
         std::thread::scope(|scope| {
             for (i, values) in values.chunks_mut(share * cols).enumerate() {
                 let mut work = move || {
@@ -646,5 +670,22 @@ impl Backend for CudaBackend {
             }
         });
         Ok(())
+    }
+
+    fn draw(&mut self, op: DrawRows<'_>, out: &mut Vec<Drawn>) -> Result<()> {
+        const OP: &str = "draw";
+        let sampler = &mut self.samplers[op.sampler.0 as usize];
+        let logits = &self.buffers[op.logits.0 as usize];
+        logits.check(OP, op.draws.last().map_or(0, |(row, _)| *row as usize + 1), sampler.vocab())?;
+        if !op.draws.is_sorted_by(|a, b| a.0 < b.0) {
+            let rows: Vec<_> = op.draws.iter().map(|(row, _)| row).collect();
+            return Err(Error::Shape { op: OP, expected: "rows in ascending order".into(), got: format!("{rows:?}") });
+        }
+        if op.softcap.is_some_and(|cap| !(cap > 0.0 && cap.is_finite())) {
+            let expected = "a softcap above 0".into();
+            return Err(Error::Shape { op: OP, expected, got: format!("{:?}", op.softcap) });
+        }
+        out.clear();
+        sampler.draw(&mut self.device, &logits.values, op.softcap, op.draws, out)
     }
 }

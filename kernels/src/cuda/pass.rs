@@ -109,9 +109,8 @@ impl Passes {
     pub(super) fn reserve(&mut self, device: &mut Device, limits: &PassLimits<'_>) -> Result<()> {
         let PassLimits { rows, sequences, group, .. } = *limits;
         self.cuts = limits.windows.iter().map(|&window| Cut { group, window }).collect();
-        let items = SLOTS + 2 * sequences + 2 * sequences + (rows * group / MANY + sequences);
         let table = sequences * blocks_for(limits.positions);
-        self.fit(device, 4 * rows + self.cuts.len() * 2 * items * Item::WORDS + Item::WORDS + table)
+        self.fit(device, most_words((rows, sequences), table, (group, self.cuts.len())))
     }
 
     /// Grows whenever the addresses that kernels were given are no longer those of a pass.
@@ -250,7 +249,7 @@ impl Passes {
         if self.memory.as_ref().is_some_and(|memory| memory.len() >= 4 * words) {
             return Ok(());
         }
-        let words = words.next_power_of_two().max(1 << 12);
+        let words = room(words);
         self.generation += 1;
         (self.memory, self.staging) = (None, [None, None]);
         self.memory = Some(device.alloc(4 * words, WHAT)?);
@@ -320,6 +319,24 @@ impl Passes {
         }
         Ok(())
     }
+}
+
+/// Words of the largest pass of so many rows and sequences, block tables of `table` blocks together, `group` query heads for
+/// each key/value head, and so many cuts.
+fn most_words((rows, sequences): (usize, usize), table: usize, (group, cuts): (usize, usize)) -> usize {
+    // Two items of few rows a sequence, each with a merge, and their pieces; the items of many rows.
+    let items = 4 * sequences + SLOTS + sequences + rows * group / MANY;
+    4 * rows + Item::WORDS * (2 * cuts * items + 1) + table
+}
+
+/// Words allocated for a pass of this many.
+fn room(words: usize) -> usize {
+    words.next_power_of_two().max(1 << 12)
+}
+
+/// Bytes on the device for the largest pass, as [`most_words`].
+pub(super) fn most_pass_bytes(steps: (usize, usize), table: usize, cuts: (usize, usize)) -> usize {
+    4 * room(most_words(steps, table, cuts))
 }
 
 /// Fills the items of a pass of `rows` rows of one token each up to numbers that depend on the key alone. Sequences have at

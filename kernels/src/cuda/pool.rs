@@ -45,9 +45,9 @@ impl Pool {
             return Err(Error::Shape { op: "alloc_kv", expected, got: layout.head_dim.to_string() });
         };
         let values = device.alloc_zeroed(kv_block_bytes(layout).saturating_mul(blocks), "the key/value pool")?;
-        let rows = SLOTS * layout.kv_heads * 16;
-        let partial = device.alloc(rows * width * 4, "pieces of attention")?;
-        let partial_state = device.alloc(rows * 8, "pieces of attention")?;
+        let [partial, partial_state] = piece_bytes(layout);
+        let partial = device.alloc(partial, "pieces of attention")?;
+        let partial_state = device.alloc(partial_state, "pieces of attention")?;
         Ok(Self { layout, blocks, width, values, partial, partial_state })
     }
 
@@ -74,6 +74,12 @@ impl Pool {
 pub fn kv_block_bytes(layout: KvLayout) -> usize {
     let width = width_of(layout.head_dim).unwrap_or(layout.head_dim);
     KvLayout { head_dim: width, ..layout }.block_bytes()
+}
+
+/// Bytes of what pieces of sequences leave behind: values, and how they are merged.
+pub(super) fn piece_bytes(layout: KvLayout) -> [usize; 2] {
+    let rows = SLOTS * layout.kv_heads * 16;
+    [rows * width_of(layout.head_dim).unwrap_or(layout.head_dim) * 4, rows * 8]
 }
 
 /// The width that heads of this dimension are stored in.

@@ -10,6 +10,7 @@ mod passes;
 mod products;
 mod rope;
 mod rows;
+mod sampling;
 mod speed;
 
 use std::sync::Mutex;
