@@ -5,7 +5,7 @@ use std::sync::Mutex;
 
 use cupola_kernels::cuda::testing;
 use cupola_kernels::kv::{BLOCK_SIZE, blocks_for};
-use cupola_kernels::{Backend, BlockId, Draw, DrawRows, WeightType};
+use cupola_kernels::{BlockId, Draw, DrawRows, WeightType};
 use cupola_models::testing::{Scratch as Folder, VOCAB, tiny_gguf};
 use cupola_models::{Batch, Decoder, DecoderLimits, Model};
 
