@@ -70,6 +70,12 @@ pub(super) fn weigh(logits: &mut [f32], largest: f32, factor: f32, sums: &mut Ve
     }
 }
 
+/// Gives the sum of each run of [`RUN`] values.
+pub(super) fn add_up(values: &[f32], sums: &mut Vec<f64>) {
+    sums.clear();
+    sums.extend(values.chunks(RUN).map(sum));
+}
+
 /// Which value a point in `0..sum` falls on, when the values are laid end to end.
 pub(super) fn pick(weights: &[f32], sums: &[f64], mut point: f64) -> usize {
     for (i, (run, sum)) in weights.chunks(RUN).zip(sums).enumerate() {
