@@ -35,7 +35,8 @@ if command -v nvidia-smi >/dev/null; then
   say "# $(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem --format=csv,noheader | head -1)"
 fi
 
-# 1. Parity: every op on the device against the scalar reference, and a whole tiny model.
+# 1. Parity: every op on the device against the scalar reference, drawing tokens among them, and a whole tiny model. Then the
+# speed of kernels, the last table of which is that of drawing tokens.
 if step parity 150 "$tests" cuda::tests --test-threads=1 --nocapture; then
   say "parity: $(grep -ho 'cuda tests run on .*' "$out/parity.log" | head -1); $(grep -h '^test result' "$out/parity.log" | tail -1)"
 fi
@@ -44,21 +45,15 @@ step bandwidth 30 "$tests" cuda::driver::tests::copy_bandwidth --ignored --nocap
 step kernels 90 "$tests" cuda::tests::speed --ignored --nocapture --test-threads=1 && say "" && say "## kernels" &&
   say "$(grep -hvE '^(running|test |cuda tests|$)' "$out/kernels.log")"
 
-# 2. The decoder alone, and what one sequence reads a second as a share of what the device can copy. The bytes are those of
-# all weights: the output head is read in each step, the embedding only where it is the head too.
-share() { # MODEL NAME
-  local weights rate copied
-  weights=$("$cupola" plan "$1" --load-format dummy --device cuda --json | sed -n 's/.*"weights_bytes": *\([0-9]*\).*/\1/p')
-  rate=$(awk -F'|' '$(NF-3) ~ /^ *tg64 *$/ { print $(NF-1) + 0 }' "$out/$2.log")
-  copied=$(sed -n 's/^copy bandwidth: \([0-9]*\) .*/\1/p' "$out/bandwidth.log")
-  awk -v bytes="$weights" -v rate="$rate" -v copied="$copied" 'BEGIN {
-    if (bytes * rate * copied) printf "tg64 reads %.0f GB/s of weights, %.0f %% of the copy bandwidth\n", bytes * rate / 1e9, bytes * rate / 1e7 / copied }'
-}
+# 2. The decoder alone, with decoding steps recorded as graphs and without. `bandwidth` is what a step reads, per second, as a
+# share of what the device copies.
 for model in "${models[@]}"; do
   name=kernel-$(basename "$model")
   if step "$name" 110 "$cupola" bench kernel -m "$model" --load-format dummy --device cuda -p 512,2048 -n 64 -b 1,8,32 --chunk 2048 -r 3; then
     say "" && say "## decoder, $(basename "$model"), random bf16 weights" && say "$(grep -h '|' "$out/$name.log")"
-    say "$(share "$model" "$name")"
+  fi
+  if step "$name-eager" 80 "$cupola" bench kernel -m "$model" --load-format dummy --device cuda --enforce-eager -p 0 -n 64 -b 1,8,32 -r 3; then
+    say "" && say "without graphs:" && say "$(grep -h '|' "$out/$name-eager.log")"
   fi
 done
 

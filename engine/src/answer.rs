@@ -16,7 +16,6 @@ use crate::mailbox::Sender;
 use crate::metrics::EngineMetrics;
 use crate::request::{Event, FinishReason, StopMatch, Timing, TokenLogprobs, Usage};
 use crate::sampler::{Choice, Sampler};
-use crate::sequence::Sequence;
 use crate::stop::StopMatcher;
 
 /// State of a request between submission and its last event.
@@ -106,19 +105,25 @@ impl Answer {
         }
     }
 
-    /// The next token of the answer, of which `sequence` already has it. Ends the answer when it is complete.
-    pub(crate) fn accept(
+    /// The next token of the answer, the `generated`-th: what later ones depend on. True when there will be no later one,
+    /// whatever the text says.
+    pub(crate) fn accept(&mut self, token: u32, generated: usize) -> bool {
+        self.sampler.accept(token);
+        generated >= self.ends.at_most || self.ending_token(token, generated).is_some()
+    }
+
+    /// Tells the reader of a token that was accepted `at` some time, when `usage` was so. Ends the answer when it is
+    /// complete.
+    pub(crate) fn tell(
         &mut self,
-        choice: Choice,
-        sequence: &Sequence,
+        (choice, at): (Choice, Instant),
+        usage: Usage,
         text: &dyn TokenText,
-        now: Instant,
         metrics: &EngineMetrics,
     ) {
-        let token = choice.token;
-        let generated = sequence.generated();
-        self.note_token(now, metrics);
-        self.sampler.accept(token);
+        let (token, generated) = (choice.token, usage.completion_tokens);
+        self.send_prompt(usage.prompt_tokens);
+        self.note_token(at, metrics);
         let mut shown = String::new();
         let mut ending = self.ending_token(token, generated);
         if ending.is_none() {
@@ -130,7 +135,7 @@ impl Answer {
         let logprobs = choice.logprobs.into_iter().collect();
         self.events.push(Event::Tokens { tokens: vec![token], text: shown, logprobs });
         if let Some(ending) = ending {
-            self.finish(ending, sequence, now, metrics);
+            self.finish(ending, usage, at, metrics);
         }
     }
 
@@ -163,13 +168,7 @@ impl Answer {
     }
 
     /// Sends the last event.
-    pub(crate) fn finish(
-        &mut self,
-        (reason, stop): Ending,
-        sequence: &Sequence,
-        now: Instant,
-        metrics: &EngineMetrics,
-    ) {
+    pub(crate) fn finish(&mut self, (reason, stop): Ending, usage: Usage, now: Instant, metrics: &EngineMetrics) {
         let mut text = String::new();
         // After a stop text nothing more is shown, not even an incomplete character.
         if !matches!(stop, Some(StopMatch::Text(_))) {
@@ -179,12 +178,6 @@ impl Answer {
                 self.stop.finish(&mut text);
             }
         }
-        let usage = Usage {
-            prompt_tokens: sequence.prompt_len,
-            cached_tokens: sequence.cached.unwrap_or(0),
-            completion_tokens: sequence.generated(),
-            preemptions: sequence.preemptions,
-        };
         let timing = self.clock.timing(now);
         self.note_end(reason, usage, timing, now, metrics);
         self.events.push(Event::Finished { text, reason, stop, usage, timing });

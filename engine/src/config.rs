@@ -29,6 +29,8 @@ pub struct EngineConfig {
     pub max_queued_tokens: usize,
     /// Reuse keys and values of equal prompt beginnings.
     pub enable_prefix_caching: bool,
+    /// Submit every op of a step on a device by itself, instead of recording small decoding steps once as graphs.
+    pub enforce_eager: bool,
     /// Folder of packed weights: a model that was packed before is mapped from there, one that was not is kept there.
     pub packed_cache: Option<PathBuf>,
     /// Events kept apart for a reader that is slow; past this many, tokens are merged into the last event.
@@ -47,6 +49,7 @@ impl Default for EngineConfig {
             max_queued_requests: 4 * 256,
             max_queued_tokens: 1 << 18,
             enable_prefix_caching: true,
+            enforce_eager: false,
             packed_cache: None,
             event_capacity: 64,
         }

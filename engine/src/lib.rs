@@ -20,6 +20,10 @@ mod blocks;
 pub mod config;
 mod detokenizer;
 pub mod device;
+// The emulated CUDA driver is for x86-64 Linux.
+#[cfg(test)]
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod device_tests;
 pub mod error;
 mod handle;
 mod mailbox;

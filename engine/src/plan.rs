@@ -13,6 +13,8 @@
 //! On the CPU the pool is only touched as it fills, so a plan is an upper bound and not what a fresh engine occupies. A
 //! device has nothing better to do with its memory than to keep prefixes, and its pool is allocated whole.
 
+#[cfg(unix)]
+use std::cell::Cell;
 use std::fmt;
 
 use cupola_kernels::KvType;
@@ -30,9 +32,9 @@ const DEFAULT_KV_BYTES: u64 = 2 << 30;
 /// Assumed where the system does not tell what is available.
 const UNKNOWN_AVAILABLE: u64 = 8 << 30;
 
-/// On a device beside the arenas that are known: staging, weights expanded for large products, parts of split attention.
+/// On a device beside all that is counted: the kernels' code, parameter vectors, recorded steps, and what the driver rounds up.
 #[cfg(unix)]
-const DEVICE_SCRATCH_BYTES: u64 = 128 << 20;
+pub(crate) const DEVICE_RESERVE_BYTES: u64 = 128 << 20;
 
 /// Memory of an engine, in bytes unless named otherwise.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -112,6 +114,7 @@ pub fn plan(model: &Model, config: &EngineConfig, device: &Device) -> Result<Mem
     let spec = &model.spec;
     let limits = DecoderLimits {
         max_batch_tokens: config.max_num_batched_tokens,
+        max_seqs: config.running_limit(),
         kv_blocks: 0,
         kv_type: config.kv_cache_type,
         max_model_len: config.max_model_len.unwrap_or(spec.max_positions),
@@ -123,12 +126,34 @@ pub fn plan(model: &Model, config: &EngineConfig, device: &Device) -> Result<Mem
         Device::Cuda(_) => (
             model.weights.bytes_as(&|ty, rows, cols| Some(cuda::weight_bytes(ty, rows, cols))),
             cuda::kv_block_bytes(kv),
-            arena_bytes + DEVICE_SCRATCH_BYTES,
+            arena_bytes + device_scratch(model, config, &limits) + DEVICE_RESERVE_BYTES,
         ),
     };
     let max_positions = spec.max_positions;
     let facts = ModelFacts { weights_bytes, kv_block_bytes: block_bytes as u64, max_positions, arena_bytes };
     plan_memory(&facts, config, &Place::new(device, config)?)
+}
+
+/// Bytes on a device beside weights, arenas and key/value pool.
+#[cfg(unix)]
+fn device_scratch(model: &Model, config: &EngineConfig, limits: &DecoderLimits) -> u64 {
+    let spec = &model.spec;
+    let steps = cuda::Steps {
+        kv: spec.kv_layout(limits.kv_type),
+        group: spec.heads.heads / spec.heads.kv_heads,
+        rows: limits.max_batch_tokens,
+        sequences: config.running_limit(),
+        cuts: 1 + usize::from(spec.sliding.is_some()),
+        blocks: blocks_for(limits.max_model_len),
+        logit_rows: DecoderLimits::LOGIT_ROWS,
+        vocab: spec.vocab,
+    };
+    let expanded = Cell::new(0);
+    model.weights.bytes_as(&|ty, rows, cols| {
+        expanded.set(expanded.get().max(cuda::expanded_bytes(ty, rows, cols)));
+        None
+    });
+    (steps.bytes() + expanded.get()) as u64
 }
 
 /// [`plan`] from plain numbers.

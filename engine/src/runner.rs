@@ -1,5 +1,6 @@
 //! What the step loop needs of a model, so that tests can put a small one in its place.
 
+use cupola_kernels::{Draw, Drawn};
 use cupola_models::{Batch, Decoder};
 
 /// Why a batch was not computed.
@@ -29,14 +30,23 @@ pub trait ModelRunner: Send {
     /// Tokens of the vocabulary, the length of a row of logits.
     fn vocab_size(&self) -> usize;
 
-    /// Computes all rows of a batch.
+    /// True when [`ModelRunner::forward`] returns before the work is done: whoever wants the results waits for them, and
+    /// may do something else before.
+    fn is_asynchronous(&self) -> bool {
+        false
+    }
+
+    /// Computes all rows of a batch, or submits that.
     ///
     /// # Errors
     /// The requests of this batch then fail, and the engine goes on unless the error is fatal.
     fn forward(&mut self, batch: &Batch) -> Result<(), RunError>;
 
-    /// The most likely token of each output row of the last batch; only after a batch with `greedy` set.
-    fn argmax(&self) -> &[u32];
+    /// The most likely token of each output row of the last batch; only after a batch with `greedy` set. Waits for them.
+    ///
+    /// # Errors
+    /// As [`ModelRunner::forward`], for work that was submitted before.
+    fn argmax(&mut self) -> Result<&[u32], RunError>;
 
     /// Runs `f(i, logits)` for the `i`-th output row of the last batch, several at a time; only after a batch without
     /// `greedy`. `f` may change the logits.
@@ -44,6 +54,25 @@ pub trait ModelRunner: Send {
     /// # Errors
     /// As [`ModelRunner::forward`].
     fn for_each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<(), RunError>;
+
+    /// True when [`ModelRunner::draw`] draws tokens where the logits are.
+    fn draws(&self) -> bool {
+        false
+    }
+
+    /// For a runner that draws tokens, as [`ModelRunner::for_each_logits`], with a place in `draws` for every output row: where there is a
+    /// draw, its token goes to `drawn`, one after the other, and `f` runs for the other rows alone.
+    ///
+    /// # Errors
+    /// As [`ModelRunner::forward`].
+    fn draw(
+        &mut self,
+        _draws: &[Option<Draw<'_>>],
+        _drawn: &mut Vec<Drawn>,
+        _f: &(dyn Fn(usize, &mut [f32]) + Sync),
+    ) -> Result<(), RunError> {
+        Err("this runner draws no tokens".to_owned().into())
+    }
 }
 
 impl ModelRunner for Decoder {
@@ -51,15 +80,32 @@ impl ModelRunner for Decoder {
         self.spec().vocab
     }
 
+    fn is_asynchronous(&self) -> bool {
+        Decoder::is_asynchronous(self)
+    }
+
     fn forward(&mut self, batch: &Batch) -> Result<(), RunError> {
         Ok(Decoder::forward(self, batch)?)
     }
 
-    fn argmax(&self) -> &[u32] {
-        Decoder::argmax(self)
+    fn argmax(&mut self) -> Result<&[u32], RunError> {
+        Ok(Decoder::argmax(self)?)
     }
 
     fn for_each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<(), RunError> {
         Ok(Decoder::for_each_logits(self, f)?)
+    }
+
+    fn draws(&self) -> bool {
+        Decoder::draws(self)
+    }
+
+    fn draw(
+        &mut self,
+        draws: &[Option<Draw<'_>>],
+        drawn: &mut Vec<Drawn>,
+        f: &(dyn Fn(usize, &mut [f32]) + Sync),
+    ) -> Result<(), RunError> {
+        Ok(Decoder::draw(self, draws, drawn, f)?)
     }
 }

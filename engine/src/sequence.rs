@@ -14,6 +14,7 @@ use cupola_kernels::BlockId;
 use cupola_kernels::kv::BLOCK_SIZE;
 
 use crate::prefix::{NodeId, Parent};
+use crate::request::Usage;
 
 /// A request's tokens and blocks.
 #[derive(Debug)]
@@ -60,6 +61,16 @@ impl Sequence {
     /// Tokens generated so far.
     pub(crate) fn generated(&self) -> usize {
         self.tokens.len() - self.prompt_len
+    }
+
+    /// What its request has used so far.
+    pub(crate) fn usage(&self) -> Usage {
+        Usage {
+            prompt_tokens: self.prompt_len,
+            cached_tokens: self.cached.unwrap_or(0),
+            completion_tokens: self.generated(),
+            preemptions: self.preemptions,
+        }
     }
 
     /// Tokens of the `i`-th block, which must be whole.

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread;
+use std::time::Instant;
 
 use cupola_kernels::cpu::{CpuBackend, CpuConfig, checksum};
 use cupola_kernels::{Backend, Error::OutOfMemory};
@@ -44,6 +45,7 @@ impl Engine {
         let plan = plan(model, &config, device)?;
         let limits = DecoderLimits {
             max_batch_tokens: config.max_num_batched_tokens,
+            max_seqs: config.running_limit(),
             kv_blocks: plan.kv_blocks,
             kv_type: config.kv_cache_type,
             max_model_len: plan.max_model_len,
@@ -60,7 +62,7 @@ impl Engine {
             (_, None) => device.backend()?,
         };
         let mut watch = |layer, layers| tracing::trace!(layer, layers, "weights packed");
-        let decoder = Decoder::load(model, backend, limits, &mut watch).map_err(|error| match error {
+        let mut decoder = Decoder::load(model, backend, limits, &mut watch).map_err(|error| match error {
             // On the CPU a plan is an upper bound that the system overrides; on a device it is what was asked for.
             cupola_models::Error::Kernel(source @ OutOfMemory { .. }) if !matches!(device, Device::Cpu(_)) => {
                 // What was allocated is free again, so a new plan says what fits now.
@@ -68,6 +70,9 @@ impl Engine {
             }
             error => error.into(),
         })?;
+        if !config.enforce_eager {
+            record_passes(&mut decoder)?;
+        }
         if let Some(error) = decoder.unsaved() {
             tracing::warn!(%error, "the next start will pack the weights again");
         }
@@ -115,6 +120,27 @@ impl Engine {
             .map_err(Error::Thread)?;
         Ok(EngineHandle::new(shared, commands, thread))
     }
+}
+
+/// Records small decoding steps where the device does that; without recordings the engine works as well, slower.
+fn record_passes(decoder: &mut Decoder) -> Result<(), Error> {
+    let began = Instant::now();
+    let mut watch = |size, sizes| tracing::trace!(size, sizes, "decoding steps recorded");
+    let recorded = decoder.record_passes(&mut watch)?;
+    match recorded.failed {
+        Some(why) => {
+            tracing::warn!(why, "decoding steps cannot be recorded as graphs: their ops are submitted one by one")
+        }
+        None if recorded.graphs > 0 => {
+            tracing::info!(
+                graphs = recorded.graphs,
+                seconds = began.elapsed().as_secs_f64(),
+                "decoding steps recorded"
+            );
+        }
+        None => {}
+    }
+    Ok(())
 }
 
 /// The plan fitted and the device did not keep to it: others took memory meanwhile, or it is in pieces.

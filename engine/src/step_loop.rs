@@ -4,9 +4,21 @@
 //!   ┌─> commands ──nothing in flight: wait, without polling──┐
 //!   │      v                                                 │
 //!   │   cancelled requests leave                             │
-//!   │   schedule ─> batch ─> forward ─> commit ─> sample ─> answers ─> ended requests leave
+//!   │   schedule ─> batch ─> forward ─> commit ─> sample ─> accept ─> tell ─> ended requests leave
 //!   └────────────────────────────────────────────────────────┘
 //! ```
+//!
+//! A token is accepted and told. Accepting is what the next step depends on: the token joins its sequence, and a sequence
+//! whose answer ends with it leaves. Telling is the rest: text, stop texts, events, metrics. On a runner that computes while
+//! the host goes on, the tokens of a step are told once the next step is submitted:
+//!
+//! ```text
+//!   runner   [ step 1           ]          [ step 2           ]          [ step 3
+//!   host     forward 1 |  wait    accept 1 | forward 2 | tell 1 | wait    accept 2 | forward 3 | tell 2 ...
+//! ```
+//!
+//! A stop text that is found then ends its answer at once; the row of that sequence in the step under way is thrown away, and
+//! the sequence leaves with its blocks when the step is done.
 //!
 //! Nobody else touches these fields. The thread ends after `Shutdown`, or when every handle is gone and nothing is in
 //! flight, or with a panic or a fatal error of the runner: then all requests fail and the engine is dead for good, because
@@ -19,11 +31,12 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use cupola_kernels::{Drawn, NoToken};
 use cupola_models::Batch;
 
 use crate::answer::Answer;
 use crate::handle::{Command, Shared, Submission};
-use crate::request::{FinishReason, TokenLogprobs};
+use crate::request::{FinishReason, TokenLogprobs, Usage};
 use crate::runner::{ModelRunner, RunError};
 use crate::sampler::{self, Choice, Scratch, random};
 use crate::scheduler::{Limits, Scheduler, Step};
@@ -46,6 +59,19 @@ pub(crate) struct StepLoop {
     outputs: Vec<Output>,
     scratch: Scratch,
     results: Vec<Mutex<Result<Outcome, &'static str>>>,
+    /// Tokens that the runner drew by itself.
+    drawn: Vec<Drawn>,
+    /// Tokens that were accepted and not told yet.
+    untold: Vec<Untold>,
+}
+
+/// A token that its reader has yet to learn of.
+struct Untold {
+    /// Place of its request, which stays there until this is told or the request is cancelled.
+    slot: usize,
+    choice: Choice,
+    at: Instant,
+    usage: Usage,
 }
 
 /// What [`StepLoop::new`] takes.
@@ -104,6 +130,8 @@ impl StepLoop {
             outputs: Vec::new(),
             scratch: Scratch::default(),
             results: Vec::new(),
+            untold: Vec::new(),
+            drawn: Vec::new(),
         }
     }
 
@@ -134,6 +162,14 @@ impl StepLoop {
 
     /// Until the engine is to end, or with what ended it.
     fn serve(&mut self) -> Result<(), String> {
+        let end = self.serve_steps();
+        // What was computed before the end is the readers'.
+        self.tell();
+        self.drop_ended();
+        end
+    }
+
+    fn serve_steps(&mut self) -> Result<(), String> {
         loop {
             if !self.take_commands() {
                 return Ok(());
@@ -142,6 +178,11 @@ impl StepLoop {
             if !self.scheduler.is_empty() {
                 self.shared.beat();
                 self.step()?;
+            }
+            if self.scheduler.is_empty() {
+                // There is no next step to wait for.
+                self.tell();
+                self.drop_ended();
             }
             self.show_state();
         }
@@ -265,6 +306,7 @@ impl StepLoop {
         let step = self.scheduler.schedule();
         self.shared.metrics.preemptions.add(step.preempted);
         if step.spans.is_empty() {
+            self.tell();
             self.refuse_oldest();
             return Ok(());
         }
@@ -279,13 +321,22 @@ impl StepLoop {
         self.fill_batch(&step);
         let computing = Instant::now();
         let computed = self.runner.forward(&self.batch).and_then(|()| {
+            // While this step is computed, if the runner works so; else there is nothing left to tell.
+            self.tell();
             self.scheduler.commit(&step);
             self.sample()
         });
         let computed_in = computing.elapsed();
         match computed {
-            Ok(()) => self.settle(&step),
+            Ok(()) => {
+                self.settle(&step);
+                if !self.runner.is_asynchronous() {
+                    self.tell();
+                }
+            }
             Err(error) => {
+                // The tokens of the step before are good.
+                self.tell();
                 self.fail_step(&step, &error.message);
                 if error.fatal {
                     // Those of this batch have had their last event.
@@ -359,7 +410,7 @@ impl StepLoop {
             return Ok(());
         }
         if self.batch.greedy {
-            let tokens = self.runner.argmax();
+            let tokens = self.runner.argmax()?;
             if tokens.len() != self.outputs.len() {
                 let what = format!("the model gave {} tokens for {} rows", tokens.len(), self.outputs.len());
                 return Err(what.into());
@@ -367,34 +418,45 @@ impl StepLoop {
             let vocab = self.shared.vocab;
             self.results.extend(tokens.iter().map(|&token| {
                 let choice = Outcome::Choice(Choice { token, logprobs: None });
-                Mutex::new(if (token as usize) < vocab {
-                    Ok(choice)
-                } else {
-                    Err("the model's output is not a number")
-                })
+                Mutex::new(if (token as usize) < vocab { Ok(choice) } else { Err(NoToken::NotANumber.message()) })
             }));
             return Ok(());
         }
         self.results.resize_with(self.outputs.len(), || Mutex::new(Ok(Outcome::Nothing)));
         let (outputs, answers, scratch, results) = (&self.outputs, &self.answers, &self.scratch, &self.results);
-        self.runner.for_each_logits(&|row, logits| {
-            let output = outputs[row];
+        let sampler_of =
+            |output: &Output| &answers[output.slot].as_ref().expect("a running sequence has a request").sampler;
+        let on_host = |row: usize, logits: &mut [f32]| {
+            let output = &outputs[row];
             let outcome = match output.purpose {
-                Purpose::Answer(index) => {
-                    let answer = answers[output.slot].as_ref().expect("a running sequence has a request");
-                    answer.sampler.choose(index, logits, scratch).map(Outcome::Choice)
-                }
+                Purpose::Answer(index) => sampler_of(output).choose(index, logits, scratch).map(Outcome::Choice),
                 Purpose::Score { token, top } => sampler::score(logits, token, top).map(Outcome::Score),
                 Purpose::Ignore => Ok(Outcome::Nothing),
             };
             *results[row].lock().unwrap_or_else(PoisonError::into_inner) = outcome;
-        })
+        };
+        if !self.runner.draws() {
+            return self.runner.for_each_logits(&on_host);
+        }
+        let draw = |output: &Output| match output.purpose {
+            Purpose::Answer(index) => sampler_of(output).draw(index),
+            Purpose::Score { .. } | Purpose::Ignore => None,
+        };
+        let draws: Vec<_> = outputs.iter().map(draw).collect();
+        self.runner.draw(&draws, &mut self.drawn, &on_host)?;
+        let rows = self.results.iter_mut().zip(&draws).filter(|(_, draw)| draw.is_some());
+        for ((result, _), drawn) in rows.zip(&self.drawn) {
+            let choice = drawn.map(|token| Outcome::Choice(Choice { token, logprobs: None }));
+            *result = Mutex::new(choice.map_err(NoToken::message));
+        }
+        Ok(())
     }
 
-    /// Gives the sampled tokens to their requests.
+    /// Gives the sampled tokens to their sequences; those whose answers they end leave.
     fn settle(&mut self, step: &Step) {
         let now = Instant::now();
         let metrics = &self.shared.metrics;
+        let mut leave = Vec::new();
         for (output, result) in self.outputs.iter().zip(self.results.drain(..)) {
             let answer = self.answers[output.slot].as_mut().expect("a running sequence has a request");
             let sequence = self.scheduler.running_mut(output.seq);
@@ -408,9 +470,11 @@ impl StepLoop {
                     }
                 }
                 Ok(Outcome::Choice(choice)) if !answer.ended => {
-                    answer.send_prompt(sequence.prompt_len);
                     sequence.tokens.push(choice.token);
-                    answer.accept(choice, sequence, self.shared.text.as_ref(), now, metrics);
+                    if answer.accept(choice.token, sequence.generated()) {
+                        leave.push(sequence.slot);
+                    }
+                    self.untold.push(Untold { slot: sequence.slot, choice, at: now, usage: sequence.usage() });
                 }
                 _ => {}
             }
@@ -420,7 +484,20 @@ impl StepLoop {
             let answer = self.answers[sequence.slot].as_mut().expect("a running sequence has a request");
             if !sequence.answers && sequence.remaining() == 0 && !answer.ended {
                 answer.send_prompt(sequence.prompt_len);
-                answer.finish((FinishReason::Length, None), sequence, now, metrics);
+                answer.finish((FinishReason::Length, None), sequence.usage(), now, metrics);
+            }
+        }
+        if !leave.is_empty() {
+            self.scheduler.remove_if(|sequence| leave.contains(&sequence.slot));
+        }
+    }
+
+    /// Tells the readers of the tokens accepted since the last time.
+    fn tell(&mut self) {
+        for Untold { slot, choice, at, usage } in self.untold.drain(..) {
+            // A request that was cancelled meanwhile has left.
+            if let Some(answer) = self.answers.get_mut(slot).and_then(Option::as_mut) {
+                answer.tell((choice, at), usage, self.shared.text.as_ref(), &self.shared.metrics);
             }
         }
     }
@@ -431,7 +508,10 @@ impl StepLoop {
         for span in &step.spans {
             let slot = self.scheduler.running()[span.seq].slot;
             let answer = self.answers[slot].as_mut().expect("a running sequence has a request");
-            answer.fail(&format!("the model could not compute this request: {message}"), &self.shared.metrics);
+            // A stop text may have ended it while it was computed.
+            if !answer.ended {
+                answer.fail(&format!("the model could not compute this request: {message}"), &self.shared.metrics);
+            }
         }
     }
 

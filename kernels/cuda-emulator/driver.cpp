@@ -1,22 +1,31 @@
 //! The CUDA driver API over fibers: the functions of libcuda.so.1 that the `cuda` backend reaches, by the public ABI.
 //
-//     cuLaunchKernel, copies, memsets ──> now, or into a graph while the stream is captured
-//                                  sticky error <── a kernel's fault, or the file of CUPOLA_EMULATOR_FAIL_FILE
+//     cuLaunchKernel, copies, memsets ──> queue ──someone waits──> done, in the order of submission
+//                │                          ^                        │ sticky error: a kernel's fault,
+//                └─> graph, while captured ─┘ at each launch         v or the file of CUPOLA_EMULATOR_FAIL_FILE
+//
+// Work is done as late as the API allows: when the host waits for it, or when a lot has piled up. So what the host changes
+// too early in memory that the device has yet to read, or reads before the device has written it, shows in the results.
 //
 // Settings, from the environment:
 //     CUPOLA_EMULATOR_MEMORY      bytes of device memory (1 GiB)
 //     CUPOLA_EMULATOR_OTHERS      bytes of it that cannot be had although they are said to be free (0)
 //     CUPOLA_EMULATOR_DEVICES     number of devices, 0 for none (1)
 //     CUPOLA_EMULATOR_FAIL_FILE   once this file exists, the next launch is an illegal access
+//     CUPOLA_EMULATOR_NO_GRAPHS   set: streams cannot be captured
 #include <unistd.h>
 
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
+#include <map>
+#include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -38,16 +47,22 @@ enum : Result {
   INVALID_IMAGE = 200,
   INVALID_HANDLE = 400,
   NOT_FOUND = 500,
+  NOT_READY = 600,
   OUT_OF_RESOURCES = 701,
   CAPTURE_UNSUPPORTED = 900,
   CAPTURE_INVALIDATED = 901,
+  CAPTURED_EVENT = 907,
 };
 
 /// What the smallest supported device allows one block (compute capability 8.6 and 8.9).
 constexpr int SHARED_DEFAULT = 48 << 10, SHARED_OPT_IN = 99 << 10, PROCESSORS = 4;
 
+/// What can wait in the queue before the device is taken to have done half of it by itself.
+constexpr size_t QUEUE_WORK = 4096, QUEUE_BYTES = 64 << 20;
+
+using Work = std::function<Result()>;
 struct Graph {
-  std::vector<std::function<Result()>> work;
+  std::vector<Work> work;
 };
 struct Stream {
   Graph* captured = nullptr;
@@ -55,6 +70,8 @@ struct Stream {
 };
 struct Event {
   std::chrono::steady_clock::time_point at;
+  unsigned long long ticket = 0;  // of the work that it was recorded behind
+  bool captured = false;
 };
 struct Function {
   const emu::Kernel* kernel;
@@ -65,7 +82,14 @@ std::recursive_mutex lock;
 bool initialised = false;
 Result sticky = SUCCESS;
 Stream default_stream;
-int captures = 0;  // streams being captured
+/// Streams being captured, each restricting the thread that began it alone (CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).
+std::vector<std::pair<Stream*, std::thread::id>> capturing;
+/// Work of all streams, in the order of submission: with one device that is an order which every program has to expect.
+std::deque<Work> queue;
+unsigned long long submitted = 0, done = 0;
+size_t queued_bytes = 0;  // of host memory that was copied on submission
+/// Page-locked host memory: the device reads and writes it when the work is done, all other memory on submission.
+std::map<uintptr_t, size_t> pinned;
 int context, pool;
 thread_local void* current = nullptr;
 
@@ -76,20 +100,46 @@ int devices() {
   return set ? std::atoi(set) : 1;
 }
 
-/// Does the work, or keeps it for the graph of a captured stream.
-Result submit(void* stream, std::function<Result()> work) {
+/// Does the work up to a ticket.
+Result wait_for(unsigned long long ticket) {
+  while (done < ticket) {
+    Work work = std::move(queue.front());
+    queue.pop_front();
+    done++;
+    if (!sticky) sticky = work();
+  }
+  if (queue.empty()) queued_bytes = 0;
+  return sticky;
+}
+Result wait_for_all() { return wait_for(submitted); }
+
+/// Queues the work, or keeps it for the graph of a captured stream.
+Result submit(void* stream, Work work) {
   std::lock_guard<std::recursive_mutex> held(lock);
   if (sticky) return sticky;
   Stream& on = of(stream);
-  if (!on.captured) return sticky = work();
-  on.captured->work.push_back(std::move(work));
-  return SUCCESS;
+  if (on.invalid) return CAPTURE_INVALIDATED;
+  if (on.captured) return on.captured->work.push_back(std::move(work)), SUCCESS;
+  queue.push_back(std::move(work));
+  submitted++;
+  if (queue.size() > QUEUE_WORK) wait_for(submitted - QUEUE_WORK / 2);
+  return queued_bytes > QUEUE_BYTES ? wait_for_all() : sticky;
 }
 
-/// What a call that waits or allocates may not do while a stream is captured.
+/// What a call that waits, allocates or loads may not do while a stream is captured; the capture is then of no use.
 Result not_captured() {
   if (sticky) return sticky;
-  return captures ? CAPTURE_UNSUPPORTED : SUCCESS;
+  Result result = SUCCESS;
+  for (auto& [stream, thread] : capturing)
+    if (thread == std::this_thread::get_id()) stream->invalid = true, result = CAPTURE_UNSUPPORTED;
+  return result;
+}
+
+bool is_pinned(const void* at, size_t bytes) {
+  auto after = pinned.upper_bound((uintptr_t)at);
+  if (after == pinned.begin()) return false;
+  auto& [start, size] = *--after;
+  return (uintptr_t)at + bytes <= start + size;
 }
 
 bool file_says_fail() {
@@ -100,12 +150,6 @@ bool file_says_fail() {
 bool on_device(Pointer at, size_t bytes) { return emu::is_device_range((uintptr_t)at, bytes); }
 void* host(Pointer at) { return reinterpret_cast<void*>((uintptr_t)at); }
 
-Result copy(void* stream, void* to, const void* from, size_t bytes) {
-  return submit(stream, [=] {
-    std::memmove(to, from, bytes);
-    return SUCCESS;
-  });
-}
 Result fill(void* stream, Pointer at, unsigned char value, size_t bytes) {
   if (bytes && !on_device(at, bytes)) return INVALID_VALUE;
   return submit(stream, [=] {
@@ -113,13 +157,45 @@ Result fill(void* stream, Pointer at, unsigned char value, size_t bytes) {
     return SUCCESS;
   });
 }
-Result copy_checked(void* stream, Pointer device, size_t bytes, void* to, const void* from) {
+Result to_device(void* stream, Pointer to, const void* from, size_t bytes) {
+  std::lock_guard<std::recursive_mutex> held(lock);
   if (bytes == 0) return SUCCESS;
-  return on_device(device, bytes) ? copy(stream, to, from, bytes) : INVALID_VALUE;
+  if (!on_device(to, bytes)) return INVALID_VALUE;
+  if (is_pinned(from, bytes)) return submit(stream, [=] { return std::memcpy(host(to), from, bytes), SUCCESS; });
+  // A graph would read the host's memory at each launch, long after the caller let go of it.
+  if (of(stream).captured) return not_captured();
+  auto* start = static_cast<const unsigned char*>(from);
+  auto copy = std::make_shared<std::vector<unsigned char>>(start, start + bytes);
+  queued_bytes += bytes;
+  return submit(stream, [=] { return std::memcpy(host(to), copy->data(), bytes), SUCCESS; });
+}
+Result from_device(void* stream, void* to, Pointer from, size_t bytes) {
+  std::lock_guard<std::recursive_mutex> held(lock);
+  if (bytes == 0) return SUCCESS;
+  if (!on_device(from, bytes)) return INVALID_VALUE;
+  Work work = [=] { return std::memcpy(to, host(from), bytes), SUCCESS; };
+  if (is_pinned(to, bytes)) return submit(stream, work);
+  if (of(stream).captured) return not_captured();
+  Result result = submit(stream, work);
+  return result ? result : wait_for_all();
+}
+Result within_device(void* stream, Pointer to, Pointer from, size_t bytes) {
+  if (bytes == 0) return SUCCESS;
+  if (!on_device(to, bytes) || !on_device(from, bytes)) return INVALID_VALUE;
+  return submit(stream, [=] { return std::memmove(host(to), host(from), bytes), SUCCESS; });
+}
+/// A call that returns when its work is done.
+Result waiting(const std::function<Result()>& call) {
+  std::lock_guard<std::recursive_mutex> held(lock);
+  if (Result result = not_captured()) return result;
+  Result result = call();
+  return result ? result : wait_for_all();
 }
 Result allocate(Pointer* at, size_t bytes) {
   uintptr_t start = 0;
   Result result = emu::allocate(bytes, &start);
+  // What is freed by work that was submitted is there once that is done.
+  if (result == OUT_OF_MEMORY && !wait_for_all()) result = emu::allocate(bytes, &start);
   *at = start;
   return result;
 }
@@ -168,7 +244,9 @@ Result cuDevicePrimaryCtxRetain(void** made, int) { return *made = &context, SUC
 Result cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
 Result cuCtxSetCurrent(void* to) { return current = to, SUCCESS; }
 Result cuCtxGetCurrent(void** is) { return *is = current, SUCCESS; }
-Result cuCtxSynchronize() { return not_captured(); }
+Result cuCtxSynchronize() {
+  return waiting([] { return SUCCESS; });
+}
 Result cuDeviceGetDefaultMemPool(void** made, int) { return *made = &pool, SUCCESS; }
 Result cuMemPoolSetAttribute(void*, int, void*) { return SUCCESS; }
 Result cuMemPoolTrimTo(void*, size_t) { return SUCCESS; }
@@ -183,6 +261,8 @@ Result cuGetErrorName(Result error, const char** name) {
     case emu::MISALIGNED_ADDRESS: *name = "CUDA_ERROR_MISALIGNED_ADDRESS"; break;
     case emu::LAUNCH_FAILED: *name = "CUDA_ERROR_LAUNCH_FAILED"; break;
     case OUT_OF_RESOURCES: *name = "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"; break;
+    case CAPTURE_UNSUPPORTED: *name = "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"; break;
+    case CAPTURE_INVALIDATED: *name = "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"; break;
     default: *name = "CUDA_ERROR_UNKNOWN"; break;
   }
   return SUCCESS;
@@ -193,6 +273,8 @@ Result cuGetErrorString(Result error, const char** text) {
     case NO_DEVICE: *text = "no CUDA-capable device is detected"; break;
     case emu::ILLEGAL_ADDRESS: *text = "an illegal memory access was encountered"; break;
     case emu::MISALIGNED_ADDRESS: *text = "misaligned address"; break;
+    case CAPTURE_UNSUPPORTED: *text = "operation not permitted when stream is capturing"; break;
+    case CAPTURE_INVALIDATED: *text = "operation failed due to a previous error during capture"; break;
     default: *text = "an error of the emulated driver"; break;
   }
   return SUCCESS;
@@ -206,54 +288,59 @@ Result cuMemAlloc_v2(Pointer* at, size_t bytes) {
   return result ? result : allocate(at, bytes);
 }
 Result cuMemFree_v2(Pointer at) {
-  std::lock_guard<std::recursive_mutex> held(lock);
-  if (sticky) return sticky;
-  return at ? sticky = emu::release((uintptr_t)at) : SUCCESS;
+  return waiting([=]() -> Result { return at ? sticky = emu::release((uintptr_t)at) : SUCCESS; });
 }
 Result cuMemAllocAsync(Pointer* at, size_t bytes, void*) { return cuMemAlloc_v2(at, bytes); }
-Result cuMemFreeAsync(Pointer at, void*) { return cuMemFree_v2(at); }
+Result cuMemFreeAsync(Pointer at, void* stream) {
+  std::lock_guard<std::recursive_mutex> held(lock);
+  if (Result result = not_captured()) return result;
+  return submit(stream, [=]() -> Result { return at ? emu::release((uintptr_t)at) : SUCCESS; });
+}
 Result cuMemGetInfo_v2(size_t* left, size_t* total) {
+  std::lock_guard<std::recursive_mutex> held(lock);
+  wait_for_all();
   *left = emu::free_memory();
   *total = emu::total_memory();
   return sticky;
 }
 Result cuMemHostAlloc(void** at, size_t bytes, unsigned) {
+  std::lock_guard<std::recursive_mutex> held(lock);
+  if (Result result = not_captured()) return result;
   *at = std::malloc(bytes);
-  return *at ? SUCCESS : OUT_OF_MEMORY;
+  if (!*at) return OUT_OF_MEMORY;
+  std::memset(*at, 0xff, bytes);
+  return pinned[(uintptr_t)*at] = bytes, SUCCESS;
 }
 Result cuMemAllocHost_v2(void** at, size_t bytes) { return cuMemHostAlloc(at, bytes, 0); }
-Result cuMemFreeHost(void* at) { return std::free(at), SUCCESS; }
+Result cuMemFreeHost(void* at) {
+  std::lock_guard<std::recursive_mutex> held(lock);
+  if (!pinned.count((uintptr_t)at)) return INVALID_VALUE;
+  // A driver does not wait here: what still reads the memory is the caller's mistake, and shows.
+  pinned.erase((uintptr_t)at);
+  return std::free(at), sticky;
+}
 
-Result cuMemcpyHtoDAsync_v2(Pointer to, const void* from, size_t bytes, void* stream) {
-  return copy_checked(stream, to, bytes, host(to), from);
-}
-Result cuMemcpyDtoHAsync_v2(void* to, Pointer from, size_t bytes, void* stream) {
-  return copy_checked(stream, from, bytes, to, host(from));
-}
-Result cuMemcpyDtoDAsync_v2(Pointer to, Pointer from, size_t bytes, void* stream) {
-  if (bytes && !on_device(to, bytes)) return INVALID_VALUE;
-  return copy_checked(stream, from, bytes, host(to), host(from));
-}
+Result cuMemcpyHtoDAsync_v2(Pointer to, const void* from, size_t bytes, void* stream) { return to_device(stream, to, from, bytes); }
+Result cuMemcpyDtoHAsync_v2(void* to, Pointer from, size_t bytes, void* stream) { return from_device(stream, to, from, bytes); }
+Result cuMemcpyDtoDAsync_v2(Pointer to, Pointer from, size_t bytes, void* stream) { return within_device(stream, to, from, bytes); }
 Result cuMemcpyHtoD_v2(Pointer to, const void* from, size_t bytes) {
-  Result result = not_captured();
-  return result ? result : cuMemcpyHtoDAsync_v2(to, from, bytes, nullptr);
+  return waiting([=] { return to_device(nullptr, to, from, bytes); });
 }
 Result cuMemcpyDtoH_v2(void* to, Pointer from, size_t bytes) {
-  Result result = not_captured();
-  return result ? result : cuMemcpyDtoHAsync_v2(to, from, bytes, nullptr);
+  return waiting([=] { return from_device(nullptr, to, from, bytes); });
 }
 Result cuMemcpyDtoD_v2(Pointer to, Pointer from, size_t bytes) { return cuMemcpyDtoDAsync_v2(to, from, bytes, nullptr); }
 Result cuMemsetD8Async(Pointer at, unsigned char value, size_t bytes, void* stream) { return fill(stream, at, value, bytes); }
 Result cuMemsetD8_v2(Pointer at, unsigned char value, size_t bytes) { return fill(nullptr, at, value, bytes); }
 
-// ---- streams and events: work is done when it is submitted, so there is never anything to wait for ----
+// ---- streams and events ----
 
 Result cuStreamCreateWithPriority(void** made, unsigned, int) { return *made = new Stream, SUCCESS; }
 Result cuStreamCreate(void** made, unsigned flags) { return cuStreamCreateWithPriority(made, flags, 0); }
 Result cuStreamDestroy_v2(void* stream) { return delete static_cast<Stream*>(stream), SUCCESS; }
 Result cuStreamSynchronize(void* stream) {
   std::lock_guard<std::recursive_mutex> held(lock);
-  if (!of(stream).captured) return sticky;
+  if (!of(stream).captured) return wait_for_all();
   of(stream).invalid = true;
   return CAPTURE_UNSUPPORTED;
 }
@@ -261,20 +348,42 @@ Result cuStreamQuery(void* stream) { return cuStreamSynchronize(stream); }
 Result cuStreamWaitEvent(void*, void*, unsigned) { return sticky; }
 Result cuEventCreate(void** made, unsigned) { return *made = new Event{std::chrono::steady_clock::now()}, SUCCESS; }
 Result cuEventRecord(void* event, void* stream) {
-  return submit(stream, [event] {
-    static_cast<Event*>(event)->at = std::chrono::steady_clock::now();
-    return SUCCESS;
-  });
+  std::lock_guard<std::recursive_mutex> held(lock);
+  auto* recorded = static_cast<Event*>(event);
+  // In a graph it stands for an order of work and cannot be waited for.
+  recorded->captured = of(stream).captured;
+  if (recorded->captured) return SUCCESS;
+  Result result = submit(stream, [recorded] { return recorded->at = std::chrono::steady_clock::now(), SUCCESS; });
+  recorded->ticket = submitted;
+  return result;
 }
-Result cuEventSynchronize(void*) { return sticky; }
-Result cuEventQuery(void*) { return sticky; }
+Result cuEventSynchronize(void* event) {
+  std::lock_guard<std::recursive_mutex> held(lock);
+  if (Result result = not_captured()) return result;
+  auto* waited = static_cast<Event*>(event);
+  return waited->captured ? CAPTURED_EVENT : wait_for(waited->ticket);
+}
+Result cuEventQuery(void* event) {
+  std::lock_guard<std::recursive_mutex> held(lock);
+  if (Result result = not_captured()) return result;
+  auto* asked = static_cast<Event*>(event);
+  if (asked->captured) return CAPTURED_EVENT;
+  if (done >= asked->ticket) return sticky;
+  // Whoever asks again and again gets there.
+  Result result = wait_for(done + 1);
+  return result ? result : NOT_READY;
+}
 Result cuEventElapsedTime_v2(float* milliseconds, void* start, void* end) {
   auto span = static_cast<Event*>(end)->at - static_cast<Event*>(start)->at;
   *milliseconds = std::chrono::duration<float, std::milli>(span).count();
   return sticky;
 }
 Result cuEventElapsedTime(float* milliseconds, void* start, void* end) { return cuEventElapsedTime_v2(milliseconds, start, end); }
-Result cuEventDestroy_v2(void* event) { return delete static_cast<Event*>(event), SUCCESS; }
+Result cuEventDestroy_v2(void* event) {
+  std::lock_guard<std::recursive_mutex> held(lock);
+  wait_for(static_cast<Event*>(event)->ticket);
+  return delete static_cast<Event*>(event), SUCCESS;
+}
 
 // ---- modules and launches ----
 
@@ -283,6 +392,8 @@ Result cuModuleLoadData(void** module, const void* image) {
   unsigned magic;
   std::memcpy(&magic, image, sizeof magic);
   if (magic != FATBIN_MAGIC) return INVALID_IMAGE;
+  std::lock_guard<std::recursive_mutex> held(lock);
+  if (Result result = not_captured()) return result;
   return *module = &context, SUCCESS;
 }
 Result cuModuleUnload(void*) { return SUCCESS; }
@@ -341,8 +452,9 @@ Result cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, uns
 Result cuStreamBeginCapture_v2(void* stream, int) {
   std::lock_guard<std::recursive_mutex> held(lock);
   if (of(stream).captured) return INVALID_VALUE;
+  if (std::getenv("CUPOLA_EMULATOR_NO_GRAPHS")) return CAPTURE_UNSUPPORTED;
   of(stream) = {new Graph, false};
-  captures++;
+  capturing.emplace_back(&of(stream), std::this_thread::get_id());
   return sticky;
 }
 Result cuStreamEndCapture(void* stream, void** graph) {
@@ -350,7 +462,8 @@ Result cuStreamEndCapture(void* stream, void** graph) {
   Stream& on = of(stream);
   *graph = nullptr;
   if (!on.captured) return INVALID_VALUE;
-  captures--;
+  for (size_t i = 0; i < capturing.size(); i++)
+    if (capturing[i].first == &on) capturing.erase(capturing.begin() + (long)i--);
   Stream ended = std::exchange(on, {});
   if (ended.invalid) return delete ended.captured, CAPTURE_INVALIDATED;
   return *graph = ended.captured, sticky;
@@ -358,18 +471,21 @@ Result cuStreamEndCapture(void* stream, void** graph) {
 Result cuStreamIsCapturing(void* stream, int* status) {
   return *status = of(stream).invalid ? 2 : of(stream).captured ? 1 : 0, SUCCESS;
 }
+using Executable = std::shared_ptr<Graph>;
 Result cuGraphInstantiateWithFlags(void** made, void* graph, unsigned long long) {
-  return *made = new Graph(*static_cast<Graph*>(graph)), SUCCESS;
+  std::lock_guard<std::recursive_mutex> held(lock);
+  if (Result result = not_captured()) return result;
+  return *made = new Executable(new Graph(*static_cast<Graph*>(graph))), SUCCESS;
 }
 Result cuGraphUpload(void*, void*) { return sticky; }
 Result cuGraphLaunch(void* graph, void* stream) {
-  return submit(stream, [work = static_cast<Graph*>(graph)->work] {
-    for (const auto& step : work)
+  return submit(stream, [launched = *static_cast<Executable*>(graph)] {
+    for (const auto& step : launched->work)
       if (Result result = step()) return result;
     return Result(SUCCESS);
   });
 }
-Result cuGraphExecDestroy(void* graph) { return delete static_cast<Graph*>(graph), SUCCESS; }
+Result cuGraphExecDestroy(void* graph) { return delete static_cast<Executable*>(graph), SUCCESS; }
 Result cuGraphDestroy(void* graph) { return delete static_cast<Graph*>(graph), SUCCESS; }
 
 }  // extern "C"

@@ -171,9 +171,11 @@ DEVICE void copy_async_wait() {
 DEVICE void atomic_add(float* p, float x) { *p += x; }
 DEVICE unsigned atomic_add(unsigned* p, unsigned x) { return std::exchange(*p, *p + x); }
 DEVICE int atomic_add(int* p, int x) { return std::exchange(*p, *p + x); }
+DEVICE unsigned long long atomic_add(unsigned long long* p, unsigned long long x) { return std::exchange(*p, *p + x); }
 DEVICE unsigned atomic_max(unsigned* p, unsigned x) { return std::exchange(*p, std::max(*p, x)); }
 DEVICE unsigned long long atomic_max(unsigned long long* p, unsigned long long x) { return std::exchange(*p, std::max(*p, x)); }
 DEVICE void device_fence() {}
+DEVICE unsigned long long load_fresh(const unsigned long long* p) { return *p; }
 
 // ---- threads ----
 
@@ -213,6 +215,9 @@ DEVICE bool warp_all(bool x) { return warp_ballot(x) == 0xffffffffu; }
 DEVICE int count_ones(unsigned x) { return __builtin_popcount(x); }
 DEVICE int first_one(unsigned x) { return __builtin_ffs((int)x) - 1; }
 
+DEVICE unsigned long long multiply_high(unsigned long long a, unsigned long long b) {
+  return (unsigned long long)((unsigned __int128)a * b >> 64);
+}
 DEVICE int dot4(int a, int b, int c) {
   for (int i = 0; i < 4; i++) c += (int)(int8_t)(a >> 8 * i) * (int)(int8_t)(b >> 8 * i);
   return c;

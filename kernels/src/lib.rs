@@ -21,6 +21,7 @@ mod checks;
 pub mod cpu;
 #[cfg(unix)]
 pub mod cuda;
+pub mod draw;
 pub mod error;
 pub mod format;
 pub mod kv;
@@ -28,6 +29,7 @@ pub mod memory;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
+pub use draw::{Draw, Drawn, NoToken};
 pub use error::{Error, Result};
 pub use format::WeightType;
 pub use kv::{BlockId, KvLayout, KvType, SeqSpan};
@@ -51,6 +53,10 @@ pub struct LinearId(pub(crate) u32);
 /// Handle of a rotary-embedding table, `[max_positions, rotary_dim / 2]` cosines and sines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RopeId(pub(crate) u32);
+
+/// Handle of the memory that tokens are drawn with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SamplerId(pub(crate) u32);
 
 /// Handle of a paged key/value pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -206,6 +212,65 @@ pub struct Attention<'a> {
     pub consumer: LinearId,
 }
 
+/// Arguments of [`Backend::draw`].
+#[derive(Clone, Copy, Debug)]
+pub struct DrawRows<'a> {
+    /// Memory for so many rows of this vocabulary.
+    pub sampler: SamplerId,
+    /// `[rows, vocab]`; what the rows named hold afterwards is undefined.
+    pub logits: BufferId,
+    /// `logit = cap * tanh(logit / cap)` before anything else, when set.
+    pub softcap: Option<f32>,
+    /// Rows, ascending, and how their tokens are drawn.
+    pub draws: &'a [(u32, Draw<'a>)],
+}
+
+/// Sizes of the largest pass of a decoder, for [`Backend::reserve`].
+#[derive(Clone, Copy, Debug)]
+pub struct PassLimits<'a> {
+    /// Most rows.
+    pub rows: usize,
+    /// Most sequences.
+    pub sequences: usize,
+    /// Positions of the longest sequence.
+    pub positions: usize,
+    /// Query heads for each key/value head.
+    pub group: usize,
+    /// Windows that its layers have, `None` for layers without one; each once.
+    pub windows: &'a [Option<usize>],
+    /// The matrix of [`Backend::linear_argmax`].
+    pub head: LinearId,
+    /// Most rows of one [`Backend::linear_argmax`].
+    pub head_rows: usize,
+}
+
+/// What the ops of one forward pass will read of its rows and sequences, for [`Backend::begin_pass`].
+#[derive(Clone, Copy, Debug)]
+pub struct Pass<'a> {
+    /// Token ids, one a row.
+    pub tokens: &'a [u32],
+    /// The sequences of all rows. Rows at the end may belong to none.
+    pub spans: &'a [SeqSpan],
+    /// The sequences of the rows that the last layer finishes.
+    pub last_spans: &'a [SeqSpan],
+    /// Those rows, where they are not all: the argument of [`Backend::keep_rows`].
+    pub kept: &'a [u32],
+    /// Block tables of all spans, one after the other.
+    pub block_table: &'a [BlockId],
+    /// Set when every sequence has one row and the ops are given to [`Backend::replay`]: how long sequences will be on
+    /// average, at least, as far as choosing among recordings is concerned.
+    pub repeated: Option<usize>,
+}
+
+/// What a backend has recorded of repeated passes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Recorded {
+    /// Recordings that it holds.
+    pub graphs: usize,
+    /// Why it records no more, after a recording failed.
+    pub failed: Option<String>,
+}
+
 /// A machine that runs the ops of a decoder.
 ///
 /// Every op checks its shapes against the arenas it names and returns [`Error::Shape`] when they do not fit; none of
@@ -219,6 +284,16 @@ pub trait Backend: Send {
 
     /// Bytes held by this backend in weights, arenas and key/value pools.
     fn allocated_bytes(&self) -> u64;
+
+    /// Bytes of memory that this backend can move in a second, measured now: what it reads on the CPU, what it copies on a
+    /// device, where read and written bytes count.
+    fn bandwidth(&mut self) -> Result<f64>;
+
+    /// Bytes that a product with this matrix reads of it.
+    fn linear_bytes(&self, weight: LinearId) -> u64;
+
+    /// Bytes of the keys and values of one position in all layers of a pool.
+    fn kv_position_bytes(&self, kv: KvId) -> u64;
 
     /// Takes a vector of parameters.
     fn load_vector(&mut self, values: &[f32]) -> Result<VectorId>;
@@ -249,6 +324,41 @@ pub trait Backend: Send {
 
     /// Allocates a pool of `num_blocks` key/value blocks.
     fn alloc_kv(&mut self, layout: KvLayout, num_blocks: usize) -> Result<KvId>;
+
+    /// Makes room to draw tokens from up to `rows` rows of `vocab` logits at a time. `None`: this backend leaves that to its
+    /// caller, who gets the logits by [`Backend::take_rows`] at no cost.
+    fn alloc_sampler(&mut self, _rows: usize, _vocab: usize) -> Result<Option<SamplerId>> {
+        Ok(None)
+    }
+
+    /// Allocates what passes need beside the arenas, so that none within these limits allocates anything.
+    fn reserve(&mut self, _limits: &PassLimits<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    /// True for a device on which ops only submit work, and return before it is done. Whatever gives results waits.
+    fn is_asynchronous(&self) -> bool {
+        false
+    }
+
+    /// Says what the ops of the next pass will read, so that a device gets it in one copy.
+    fn begin_pass(&mut self, _pass: &Pass<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    /// Runs `ops`, or on a device that records passes does again what they did before: for another pass of as many rows
+    /// that was begun with [`Pass::repeated`]. `ops` may not wait for results.
+    fn replay(&mut self, ops: &mut dyn FnMut(&mut dyn Backend) -> Result<()>) -> Result<()>;
+
+    /// Lets [`Backend::replay`] record, or not. Says whether it will.
+    fn record_passes(&mut self, _wanted: bool) -> bool {
+        false
+    }
+
+    /// What was recorded.
+    fn recorded(&self) -> Recorded {
+        Recorded::default()
+    }
 
     /// `out[i] = scale * table[tokens[i]]`; `table` is `[vocab, hidden]` and may also serve as the output head.
     fn embed(&mut self, table: LinearId, tokens: &[u32], scale: f32, out: BufferId) -> Result<()>;
@@ -292,15 +402,40 @@ pub trait Backend: Send {
     /// (Kwon et al., PagedAttention, <https://arxiv.org/abs/2309.06180>).
     fn attention(&mut self, op: Attention<'_>) -> Result<()>;
 
-    /// `argmax(x * W^T)` for the first `rows` rows, the lowest index among equals; logits are not kept.
-    fn linear_argmax(&mut self, x: ActId, rows: usize, weight: LinearId, out: &mut Vec<u32>) -> Result<()>;
+    /// `argmax(x * W^T)` for the first `rows` rows, the lowest index among equals; logits are not kept. The results are
+    /// numbered from `first` on, for [`Backend::argmaxes`].
+    fn linear_argmax(&mut self, x: ActId, rows: usize, weight: LinearId, first: usize) -> Result<()>;
+
+    /// The results `0..count` of [`Backend::linear_argmax`]; waits for them.
+    fn argmaxes(&mut self, count: usize) -> Result<&[u32]>;
 
     /// Runs `f(row, values)` for the first `rows` rows of an arena, several at a time on the worker threads.
     fn for_each_row(&mut self, buffer: BufferId, rows: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()>;
 
-    /// As [`Backend::for_each_row`], but what the rows of the arena hold afterwards is undefined: a device need not copy
-    /// back what `f` leaves.
-    fn take_rows(&mut self, buffer: BufferId, rows: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {
-        self.for_each_row(buffer, rows, f)
+    /// Runs `f(i, values)` for the `i`-th of these rows as [`Backend::for_each_row`] does; [`Rows::Picked`] ascend. What the rows
+    /// hold afterwards is undefined: a device need not copy back what `f` leaves.
+    fn take_rows(&mut self, buffer: BufferId, rows: Rows<'_>, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {
+        match rows {
+            Rows::First(rows) => self.for_each_row(buffer, rows, f),
+            Rows::Picked(picked) => {
+                let rows = picked.last().map_or(0, |&last| last as usize + 1);
+                self.for_each_row(buffer, rows, &|row, values| {
+                    if let Ok(i) = picked.binary_search_by_key(&row, |&row| row as usize) {
+                        f(i, values);
+                    }
+                })
+            }
+        }
+    }
+
+    /// Draws a token from each of these rows; `out` receives them in the order of `draws`. A row's token depends on the row
+    /// and its draw alone.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a token beyond the vocabulary or a number out of its range, for more rows than the sampler has
+    /// room for, and from backends without a sampler.
+    fn draw(&mut self, _op: DrawRows<'_>, _out: &mut Vec<Drawn>) -> Result<()> {
+        let (expected, got) = ("a backend that draws tokens".into(), self.describe());
+        Err(Error::Shape { op: "draw", expected, got })
     }
 }

@@ -1,32 +1,38 @@
 //! The one forward pass: a decoder-only transformer, driven by a [`DecoderSpec`], over the ops of a [`Backend`].
 //!
 //! ```text
-//!   tokens ─embed─> x ─┬─ norm ─ qkv ─ rope+store ─ attention ─ o ──(+)─┬─ norm ─ gate·up ─ down ──(+)─> x   per layer
-//!                      └────────────────────────────────────────────────┴───────────────────────────┘
-//!   x[outputs] ─ final norm ─ head ─> argmax | logits, a bounded number of rows at a time
+//!   Batch ──┬── as it is ──────────────────────────┬──> layers ──> x     (`layers.rs`)
+//!           └── one row a sequence: padded, repeated ┘
+//!   x[outputs] ─ final norm ─ head ─> argmax | logits ─> tokens drawn, a bounded number of rows at a time
 //! ```
 //!
 //! All arenas are allocated in [`Decoder::load`] from [`DecoderLimits`]; a forward pass allocates nothing.
 
 use cupola_kernels::{
-    ActId, Attention, Backend, BlockId, BufferId, Epilogue, KvId, KvType, LinearId, PartOrder, RopeId, RopeStore, Rows,
-    SeqSpan, VectorId,
+    Backend, Draw, DrawRows, Drawn, Epilogue, KvId, KvType, LinearId, PartOrder, Pass, PassLimits, Recorded, RopeId,
+    Rows, VectorId,
 };
 
 use crate::last_rows::LastRows;
+use crate::layers::{Arenas, Layer, Layers, PassRows};
 use crate::spec::TensorNames;
 use crate::weights::Weights;
 use crate::{Batch, DecoderSpec, Error, Model, Result};
 
 /// Rows of logits that exist at one time. More output rows are computed in several rounds, so that a large vocabulary
 /// times many sequences stays a small, fixed piece of memory.
-const LOGIT_ROWS: usize = 32;
+pub(crate) const LOGIT_ROWS: usize = 32;
+
+/// Most rows of a pass that is recorded where a device does that; larger ones are long enough to hide their launches.
+const RECORDED_ROWS: usize = 64;
 
 /// Sizes fixed at start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DecoderLimits {
     /// Most rows of one forward pass.
     pub max_batch_tokens: usize,
+    /// Most sequences of one forward pass.
+    pub max_seqs: usize,
     /// Blocks of the key/value pool.
     pub kv_blocks: usize,
     /// What keys and values are stored as.
@@ -36,6 +42,9 @@ pub struct DecoderLimits {
 }
 
 impl DecoderLimits {
+    /// Rows of logits that exist at one time.
+    pub const LOGIT_ROWS: usize = LOGIT_ROWS;
+
     /// Bytes of the arenas that a decoder of this shape allocates beside its weights and key/value pool.
     pub fn arena_bytes(&self, spec: &DecoderSpec) -> u64 {
         let float = size_of::<f32>();
@@ -62,41 +71,13 @@ pub struct Decoder {
     kv: KvId,
     arenas: Arenas,
     last: LastRows,
-    argmax: Vec<u32>,
+    /// Padded token ids of a pass that is repeated.
+    padded: Vec<u32>,
+    /// Numbers of rows that such passes are padded to, ascending; none where nothing is recorded.
+    sizes: Vec<usize>,
+    /// Results of [`Backend::linear_argmax`] of the last pass.
+    chosen: usize,
     unsaved: Option<cupola_kernels::Error>,
-}
-
-struct Layer {
-    attn_norm: VectorId,
-    qkv: LinearId,
-    qk_norm: Option<(VectorId, VectorId)>,
-    o: LinearId,
-    attn_post_norm: Option<VectorId>,
-    ffn_norm: VectorId,
-    gate_up: LinearId,
-    down: LinearId,
-    ffn_post_norm: Option<VectorId>,
-    slides: bool,
-}
-
-/// Working memory, `[max_batch_tokens, ...]` unless said otherwise.
-struct Arenas {
-    /// Residual stream, `[.., hidden]`.
-    x: BufferId,
-    /// Result of a sub-layer that is normed before it joins the residual stream, `[.., hidden]`.
-    y: Option<BufferId>,
-    /// Projections, `[.., (heads + 2 kv_heads) * head_dim]`.
-    qkv: BufferId,
-    /// Normed residual, `[.., hidden]`.
-    normed: ActId,
-    /// Attention's result, `[.., heads * head_dim]`.
-    attended: ActId,
-    /// Gated feed-forward, `[.., ffn]`.
-    gated: ActId,
-    /// Normed rows for the head, `[LOGIT_ROWS, hidden]`.
-    head_in: ActId,
-    /// `[LOGIT_ROWS, vocab]`.
-    logits: BufferId,
 }
 
 impl Decoder {
@@ -136,7 +117,18 @@ impl Decoder {
             None => None,
         };
         let kv = backend.alloc_kv(spec.kv_layout(limits.kv_type), limits.kv_blocks)?;
-        let arenas = Arenas::alloc(&spec, &limits, backend.as_mut())?;
+        let arenas = Arenas::alloc(&spec, limits.max_batch_tokens, backend.as_mut())?;
+        let window = spec.sliding.as_ref().map(|sliding| Some(sliding.window));
+        let windows: Vec<_> = window.into_iter().chain([None]).collect();
+        backend.reserve(&PassLimits {
+            rows: limits.max_batch_tokens,
+            sequences: limits.max_seqs,
+            positions,
+            group: spec.heads.heads / spec.heads.kv_heads,
+            windows: &windows,
+            head,
+            head_rows: LOGIT_ROWS,
+        })?;
         Ok(Self {
             spec,
             limits,
@@ -150,7 +142,9 @@ impl Decoder {
             kv,
             arenas,
             last: LastRows::with_capacity(limits.max_batch_tokens),
-            argmax: Vec::with_capacity(limits.max_batch_tokens),
+            padded: Vec::with_capacity(RECORDED_ROWS),
+            sizes: Vec::new(),
+            chosen: 0,
             unsaved,
         })
     }
@@ -180,53 +174,148 @@ impl Decoder {
         self.backend.allocated_bytes()
     }
 
+    /// What was recorded by [`Decoder::record_passes`].
+    pub fn recorded(&self) -> Recorded {
+        self.backend.recorded()
+    }
+
+    /// Bytes that a step of one row for each of `sequences` reads: every weight once, and the keys and values of the `length`
+    /// positions that each of them sees. Activations are small beside both.
+    pub fn step_bytes(&self, sequences: usize, length: usize) -> u64 {
+        let weights = self.layers.iter().flat_map(|layer| [layer.qkv, layer.o, layer.gate_up, layer.down]);
+        let weights: u64 = weights.chain([self.head]).map(|weight| self.backend.linear_bytes(weight)).sum();
+        let seen = |layer: &Layer| match &self.spec.sliding {
+            Some(sliding) if layer.slides => length.min(sliding.window),
+            _ => length,
+        };
+        let positions: usize = self.layers.iter().map(seen).sum();
+        let position = self.backend.kv_position_bytes(self.kv) / self.layers.len() as u64;
+        weights + (sequences * positions) as u64 * position
+    }
+
+    /// True for a device on which [`Decoder::forward`] returns before its work is done.
+    pub fn is_asynchronous(&self) -> bool {
+        self.backend.is_asynchronous()
+    }
+
+    /// Records the passes in which every sequence has one row, where the backend does that, for each of the sizes that they
+    /// are padded to and up to the longest sequences. Must come before the first batch: the rows of these passes belong to
+    /// no sequence. `progress(done, total)` is called once a size.
+    ///
+    /// # Errors
+    /// Those of the ops. A recording that fails is none: passes then run as they are, and the result says why.
+    pub fn record_passes(&mut self, progress: &mut dyn FnMut(usize, usize)) -> Result<Recorded> {
+        /// Once to load what the ops need, once to record and run the recording.
+        const TIMES: usize = 2;
+        /// Sequences up to this length need no recordings of their own.
+        const SHORT: usize = 256;
+        if !self.backend.record_passes(true) {
+            return Ok(self.backend.recorded());
+        }
+        self.sizes = sizes_up_to(self.limits.max_seqs.min(self.limits.max_batch_tokens).min(RECORDED_ROWS));
+        for (done, rows) in self.sizes.clone().into_iter().enumerate().rev() {
+            let mut reach = SHORT;
+            // Powers of two that cover the longest sequence.
+            while reach < 2 * self.limits.max_model_len {
+                for _ in 0..TIMES {
+                    self.run_repeated(rows, reach, &Batch::default())?;
+                }
+                reach *= 2;
+            }
+            progress(self.sizes.len() - done, self.sizes.len());
+            if self.backend.recorded().failed.is_some() {
+                self.sizes.clear();
+                break;
+            }
+        }
+        Ok(self.backend.recorded())
+    }
+
     /// Runs one batch through every layer: writes its keys and values, and makes its output rows ready for
-    /// [`Decoder::argmax`] (greedy batches) or [`Decoder::for_each_logits`] (all others).
+    /// [`Decoder::argmax`] (greedy batches) or [`Decoder::for_each_logits`] and [`Decoder::draw`] (all others).
     ///
     /// # Errors
     /// A batch that is larger than the limits, or a token id beyond the vocabulary.
     pub fn forward(&mut self, batch: &Batch) -> Result<()> {
-        let (backend, arenas, spec) = (self.backend.as_mut(), &self.arenas, &self.spec);
         let rows = batch.tokens.len();
+        let refuse = |expected: String, got: String| {
+            Err(Error::from(cupola_kernels::Error::Shape { op: "forward", expected, got }))
+        };
         if rows > self.limits.max_batch_tokens {
-            return Err(cupola_kernels::Error::Shape {
-                op: "forward",
-                expected: format!("at most {} rows", self.limits.max_batch_tokens),
-                got: rows.to_string(),
-            }
-            .into());
+            return refuse(format!("at most {} rows", self.limits.max_batch_tokens), rows.to_string());
         }
-        backend.embed(self.embedding, &batch.tokens, spec.embedding_scale, arenas.x)?;
+        if let Some(token) = batch.tokens.iter().find(|&&token| token as usize >= self.spec.vocab) {
+            return refuse(format!("tokens below {}", self.spec.vocab), token.to_string());
+        }
+        self.chosen = 0;
         self.last.set(batch);
-        for (i, layer) in self.layers.iter().enumerate() {
-            let rope = if layer.slides { self.sliding_rope.unwrap_or(self.rope) } else { self.rope };
-            layer.store_keys(i, backend, spec, (self.kv, rope), arenas, batch)?;
-            let (spans, rows) = if i + 1 < self.layers.len() {
-                (&batch.spans, rows)
-            } else if batch.outputs.is_empty() {
-                break;
-            } else {
-                for buffer in [arenas.x, arenas.qkv] {
-                    backend.keep_rows(buffer, &batch.outputs)?;
-                }
-                (&self.last.spans, batch.outputs.len())
-            };
-            layer.attend(i, backend, spec, self.kv, arenas, (spans, &batch.block_table, rows))?;
-            layer.feed_forward(backend, spec, arenas, rows)?;
+        let one_row_each = batch.spans.len() == rows && batch.outputs.len() == rows && rows > 0;
+        match self.sizes.iter().copied().find(|&size| one_row_each && size >= rows) {
+            Some(size) => self.run_repeated(size, 0, batch)?,
+            None => self.run(batch)?,
         }
-        self.argmax.clear();
         if batch.greedy {
             for start in (0..self.last.outputs.len()).step_by(LOGIT_ROWS) {
                 let rows = self.norm_for_head(start)?;
-                self.backend.linear_argmax(self.arenas.head_in, rows, self.head, &mut self.argmax)?;
+                self.backend.linear_argmax(self.arenas.head_in, rows, self.head, start)?;
+                self.chosen = start + rows;
             }
         }
         Ok(())
     }
 
-    /// After a greedy batch: the most likely token of each output row.
-    pub fn argmax(&self) -> &[u32] {
-        &self.argmax
+    /// Runs the layers on a batch as it is.
+    fn run(&mut self, batch: &Batch) -> Result<()> {
+        let Self { backend, last, .. } = self;
+        let all_stay = batch.outputs.len() == batch.tokens.len();
+        backend.begin_pass(&Pass {
+            tokens: &batch.tokens,
+            spans: &batch.spans,
+            last_spans: &last.spans,
+            kept: if all_stay { &[] } else { &batch.outputs },
+            block_table: &batch.block_table,
+            repeated: None,
+        })?;
+        let last = std::mem::take(&mut self.last);
+        let finished = (last.spans.as_slice(), batch.outputs.as_slice());
+        let rows =
+            PassRows { tokens: &batch.tokens, spans: &batch.spans, last: finished, block_table: &batch.block_table };
+        let (backend, layers) = self.split();
+        let ran = layers.run(backend, &rows);
+        self.last = last;
+        Ok(ran?)
+    }
+
+    /// Runs the layers on a batch with one row for each sequence, as a pass of `size` rows that was run before or will be
+    /// again.
+    fn run_repeated(&mut self, size: usize, reach: usize, batch: &Batch) -> Result<()> {
+        let mut padded = std::mem::take(&mut self.padded);
+        padded.clear();
+        padded.extend_from_slice(&batch.tokens);
+        padded.resize(size, 0);
+        let (spans, block_table) = (batch.spans.as_slice(), batch.block_table.as_slice());
+        let pass = Pass { tokens: &padded, spans, last_spans: spans, kept: &[], block_table, repeated: Some(reach) };
+        let begun = self.backend.begin_pass(&pass);
+        let all: [u32; RECORDED_ROWS] = std::array::from_fn(|row| row as u32);
+        let rows = PassRows { tokens: &padded, spans, last: (spans, &all[..size]), block_table };
+        let (backend, layers) = self.split();
+        let ran = begun.and_then(|()| backend.replay(&mut |backend| layers.run(backend, &rows)));
+        self.padded = padded;
+        Ok(ran?)
+    }
+
+    fn split(&mut self) -> (&mut dyn Backend, Layers<'_>) {
+        let Self { backend, spec, embedding, layers, rope, sliding_rope, kv, arenas, .. } = self;
+        let ropes = (*rope, sliding_rope.unwrap_or(*rope));
+        (backend.as_mut(), Layers { spec, embedding: *embedding, layers, ropes, kv: *kv, arenas })
+    }
+
+    /// After a greedy batch: the most likely token of each output row. Waits for it.
+    ///
+    /// # Errors
+    /// Those of the work that was submitted.
+    pub fn argmax(&mut self) -> Result<&[u32]> {
+        Ok(self.backend.argmaxes(self.chosen)?)
     }
 
     /// Calls `f(output index, logits)` for every output row of the last batch, several at a time on the worker threads.
@@ -234,16 +323,71 @@ impl Decoder {
     pub fn for_each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {
         let cap = self.spec.logit_softcap;
         for start in (0..self.last.outputs.len()).step_by(LOGIT_ROWS) {
-            let rows = self.norm_for_head(start)?;
-            self.backend.linear(self.arenas.head_in, rows, self.head, Epilogue::Store, self.arenas.logits)?;
-            self.backend.take_rows(self.arenas.logits, rows, &|row, logits| {
-                if let Some(cap) = cap {
-                    logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
-                }
+            let rows = self.logits(start)?;
+            self.backend.take_rows(self.arenas.logits, Rows::First(rows), &|row, logits| {
+                softcap(cap, logits);
                 f(start + row, logits);
             })?;
         }
         Ok(())
+    }
+
+    /// True when the backend draws tokens, which is what [`Decoder::draw`] needs.
+    pub fn draws(&self) -> bool {
+        self.arenas.sampler.is_some()
+    }
+
+    /// Draws a token for the output rows of the last batch that have a draw in `draws`, one place an output row; `drawn`
+    /// receives these tokens in order. For the other rows it calls `f` as [`Decoder::for_each_logits`] does.
+    ///
+    /// # Errors
+    /// A number of draws that is not that of the output rows, a backend that draws no tokens, and what
+    /// [`cupola_kernels::Backend::draw`] refuses.
+    pub fn draw(
+        &mut self,
+        draws: &[Option<Draw<'_>>],
+        drawn: &mut Vec<Drawn>,
+        f: &(dyn Fn(usize, &mut [f32]) + Sync),
+    ) -> Result<()> {
+        let (Some(sampler), true) = (self.arenas.sampler, draws.len() == self.last.outputs.len()) else {
+            return Err(cupola_kernels::Error::Shape {
+                op: "draw",
+                expected: format!("{} rows, on a device that draws tokens", self.last.outputs.len()),
+                got: format!("{} on {}", draws.len(), self.backend.describe()),
+            }
+            .into());
+        };
+        let cap = self.spec.logit_softcap;
+        let (mut picked, mut others, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
+        drawn.clear();
+        for (start, draws) in (0..).step_by(LOGIT_ROWS).zip(draws.chunks(LOGIT_ROWS)) {
+            self.logits(start)?;
+            picked.clear();
+            others.clear();
+            for (row, draw) in (0..).zip(draws) {
+                match draw {
+                    Some(draw) => picked.push((row, *draw)),
+                    None => others.push(row),
+                }
+            }
+            let logits = self.arenas.logits;
+            if !picked.is_empty() {
+                self.backend.draw(DrawRows { sampler, logits, softcap: cap, draws: &picked }, &mut tokens)?;
+                drawn.append(&mut tokens);
+            }
+            self.backend.take_rows(logits, Rows::Picked(&others), &|i, logits| {
+                softcap(cap, logits);
+                f(start + others[i] as usize, logits);
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The logits of up to [`LOGIT_ROWS`] output rows from index `start` on; returns how many.
+    fn logits(&mut self, start: usize) -> Result<usize> {
+        let rows = self.norm_for_head(start)?;
+        self.backend.linear(self.arenas.head_in, rows, self.head, Epilogue::Store, self.arenas.logits)?;
+        Ok(rows)
     }
 
     /// Norms up to [`LOGIT_ROWS`] output rows from index `start` on; returns how many.
@@ -255,100 +399,18 @@ impl Decoder {
     }
 }
 
-impl Layer {
-    /// Projects every row and stores its keys and values.
-    fn store_keys(
-        &self,
-        index: usize,
-        backend: &mut dyn Backend,
-        spec: &DecoderSpec,
-        (kv, rope): (KvId, RopeId),
-        arenas: &Arenas,
-        batch: &Batch,
-    ) -> Result<()> {
-        let rows = batch.tokens.len();
-        backend.rms_norm(arenas.x, Rows::First(rows), (self.attn_norm, spec.norm_eps), self.qkv, arenas.normed)?;
-        backend.linear(arenas.normed, rows, self.qkv, Epilogue::Store, arenas.qkv)?;
-        backend.rope_store(RopeStore {
-            qkv: arenas.qkv,
-            shape: spec.heads,
-            rope,
-            pairs: spec.rope.pairs,
-            query_scale: spec.query_scale,
-            qk_norm: self.qk_norm.map(|(q, k)| (q, k, spec.norm_eps)),
-            kv,
-            layer: index,
-            spans: &batch.spans,
-            block_table: &batch.block_table,
-        })?;
-        Ok(())
-    }
-
-    /// Attention of the rows of these spans over what is stored, and its output projection.
-    fn attend(
-        &self,
-        index: usize,
-        backend: &mut dyn Backend,
-        spec: &DecoderSpec,
-        kv: KvId,
-        arenas: &Arenas,
-        (spans, block_table, rows): (&[SeqSpan], &[BlockId], usize),
-    ) -> Result<()> {
-        backend.attention(Attention {
-            qkv: arenas.qkv,
-            shape: spec.heads,
-            softcap: spec.attention_softcap,
-            window: spec.sliding.as_ref().filter(|_| self.slides).map(|s| s.window),
-            kv,
-            layer: index,
-            spans,
-            block_table,
-            out: arenas.attended,
-            consumer: self.o,
-        })?;
-        add_to_residual(backend, spec, arenas, (arenas.attended, rows), self.o, self.attn_post_norm)
-    }
-
-    fn feed_forward(&self, backend: &mut dyn Backend, spec: &DecoderSpec, arenas: &Arenas, rows: usize) -> Result<()> {
-        backend.rms_norm(arenas.x, Rows::First(rows), (self.ffn_norm, spec.norm_eps), self.gate_up, arenas.normed)?;
-        backend.gate_up(arenas.normed, rows, self.gate_up, spec.gate, self.down, arenas.gated)?;
-        add_to_residual(backend, spec, arenas, (arenas.gated, rows), self.down, self.ffn_post_norm)
+/// `logit = cap * tanh(logit / cap)`, where the model has a cap.
+fn softcap(cap: Option<f32>, logits: &mut [f32]) {
+    if let Some(cap) = cap {
+        logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
     }
 }
 
-/// `x += input * weight^T`, through a norm where the family has one there.
-fn add_to_residual(
-    backend: &mut dyn Backend,
-    spec: &DecoderSpec,
-    arenas: &Arenas,
-    (input, rows): (ActId, usize),
-    weight: LinearId,
-    post_norm: Option<VectorId>,
-) -> Result<()> {
-    match (post_norm, arenas.y) {
-        (Some(norm), Some(y)) => {
-            backend.linear(input, rows, weight, Epilogue::Store, y)?;
-            backend.rms_norm_add(y, rows, (norm, spec.norm_eps), arenas.x)?;
-        }
-        _ => backend.linear(input, rows, weight, Epilogue::Add, arenas.x)?,
-    }
-    Ok(())
-}
-
-impl Arenas {
-    fn alloc(spec: &DecoderSpec, limits: &DecoderLimits, backend: &mut dyn Backend) -> Result<Self> {
-        let rows = limits.max_batch_tokens;
-        Ok(Self {
-            x: backend.alloc_buffer(rows, spec.hidden)?,
-            y: if spec.post_norms { Some(backend.alloc_buffer(rows, spec.hidden)?) } else { None },
-            qkv: backend.alloc_buffer(rows, spec.heads.qkv_cols())?,
-            normed: backend.alloc_act(rows, spec.hidden)?,
-            attended: backend.alloc_act(rows, spec.heads.heads * spec.heads.head_dim)?,
-            gated: backend.alloc_act(rows, spec.ffn)?,
-            head_in: backend.alloc_act(LOGIT_ROWS, spec.hidden)?,
-            logits: backend.alloc_buffer(LOGIT_ROWS, spec.vocab)?,
-        })
-    }
+/// Numbers of rows that repeated passes are padded to: 1, 2, 4, then multiples of 8, and `most`.
+fn sizes_up_to(most: usize) -> Vec<usize> {
+    let mut sizes: Vec<_> = [1, 2, 4].into_iter().chain((8..).step_by(8)).take_while(|&size| size < most).collect();
+    sizes.push(most);
+    sizes
 }
 
 /// Moves tensors from their files into a backend, checking every shape against the spec.

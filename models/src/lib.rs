@@ -19,6 +19,7 @@ pub mod dummy;
 pub mod error;
 pub mod hub;
 mod last_rows;
+mod layers;
 mod model;
 pub mod spec;
 pub mod template;

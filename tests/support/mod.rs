@@ -67,6 +67,7 @@ pub(crate) fn decoder_logits(model: &Model, tokens: &[u32]) -> Vec<Vec<f32>> {
     let blocks = blocks_for(tokens.len());
     let limits = DecoderLimits {
         max_batch_tokens: tokens.len(),
+        max_seqs: 1,
         kv_blocks: blocks,
         kv_type: KvType::F16,
         max_model_len: tokens.len(),

@@ -1,5 +1,7 @@
 //! Passes over a whole row of logits, written so that the compiler makes vectors of them on any CPU.
 
+use cupola_kernels::NoToken;
+
 /// Values handled side by side; a multiple of every vector width.
 pub(super) const LANES: usize = 16;
 /// Values summed in f32 before the sum goes on in f64.
@@ -20,11 +22,11 @@ pub(super) fn largest(logits: &[f32]) -> Result<f32, &'static str> {
     }
     rest.iter().for_each(|x| see(0, *x));
     if bad.iter().any(|bad| *bad != 0) {
-        return Err("the model's output is not a number");
+        return Err(NoToken::NotANumber.message());
     }
     match best.into_iter().fold(f32::NEG_INFINITY, f32::max) {
-        f32::INFINITY => Err("the model's output is infinite"),
-        f32::NEG_INFINITY => Err("every token is excluded"),
+        f32::INFINITY => Err(NoToken::Infinite.message()),
+        f32::NEG_INFINITY => Err(NoToken::Excluded.message()),
         best => Ok(best),
     }
 }
@@ -66,6 +68,12 @@ pub(super) fn weigh(logits: &mut [f32], largest: f32, factor: f32, sums: &mut Ve
         }
         sums.push(sum(run));
     }
+}
+
+/// Gives the sum of each run of [`RUN`] values.
+pub(super) fn add_up(values: &[f32], sums: &mut Vec<f64>) {
+    sums.clear();
+    sums.extend(values.chunks(RUN).map(sum));
 }
 
 /// Which value a point in `0..sum` falls on, when the values are laid end to end.

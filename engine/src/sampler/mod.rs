@@ -7,6 +7,7 @@
 //!
 //! A row's result depends on the row, the request and the index of the token alone, so rows are sampled in parallel and
 //! in any order. [`Sampler::choose`] changes nothing in the request; [`Sampler::accept`] does, between steps.
+//! A device that draws tokens by itself is told by [`Sampler::draw`] what `choose` would do, down to the random number.
 
 mod logprobs;
 mod math;
@@ -15,6 +16,8 @@ mod seen;
 mod select;
 
 use std::sync::{Mutex, PoisonError};
+
+use cupola_kernels::Draw;
 
 use self::seen::Seen;
 use crate::request::{SamplingParams, TokenLogprobs};
@@ -62,8 +65,9 @@ impl Scratch {
 
 impl Sampler {
     /// `drawn_seed` serves where the request has none.
-    pub(crate) fn new(params: SamplingParams, prompt: &[u32], logprobs: Option<u8>, drawn_seed: u64) -> Self {
+    pub(crate) fn new(mut params: SamplingParams, prompt: &[u32], logprobs: Option<u8>, drawn_seed: u64) -> Self {
         let seed = params.seed.unwrap_or(drawn_seed);
+        add_up(&mut params.logit_bias);
         let seen = Seen::new(&params, prompt);
         Self { params, seed, seen, excluded: Vec::new(), excluded_until: 0, logprobs }
     }
@@ -111,6 +115,25 @@ impl Sampler {
         })
     }
 
+    /// The same choice as a device makes it where the logits are; `None` when it takes more than a token to answer.
+    pub(crate) fn draw(&self, index: usize) -> Option<Draw<'_>> {
+        let params = &self.params;
+        self.logprobs.is_none().then(|| Draw {
+            temperature: if self.is_greedy() { 0.0 } else { params.temperature },
+            top_k: params.top_k,
+            top_p: params.top_p,
+            min_p: params.min_p,
+            uniform: random::uniform(self.seed, index as u64),
+            bias: &params.logit_bias,
+            seen: self.seen.as_ref().map_or(&[], Seen::tokens),
+            repetition_penalty: params.repetition_penalty,
+            presence_penalty: params.presence_penalty,
+            frequency_penalty: params.frequency_penalty,
+            excluded: if self.excludes(index) { &self.excluded } else { &[] },
+            allowed: None,
+        })
+    }
+
     fn adjust(&self, index: usize, logits: &mut [f32]) {
         for (token, bias) in &self.params.logit_bias {
             logits[*token as usize] += bias;
@@ -129,6 +152,18 @@ impl Sampler {
             seen.add(token);
         }
     }
+}
+
+/// Puts tokens in ascending order and makes one bias of several.
+fn add_up(biases: &mut Vec<(u32, f32)>) {
+    biases.sort_by_key(|(token, _)| *token);
+    biases.dedup_by(|next, kept| {
+        let same = next.0 == kept.0;
+        if same {
+            kept.1 += next.1;
+        }
+        same
+    });
 }
 
 /// Log-probabilities of a prompt token, from the row before it.

@@ -7,7 +7,9 @@ use crate::request::SamplingParams;
 /// How often each token occurs in the answer; tokens of the prompt alone are there with 0.
 #[derive(Debug, Default)]
 pub(super) struct Seen {
-    in_answer: HashMap<u32, u32>,
+    in_answer: Vec<(u32, u32)>,
+    /// Where a token is among them.
+    places: HashMap<u32, usize>,
 }
 
 impl Seen {
@@ -17,11 +19,30 @@ impl Seen {
         let answer = params.presence_penalty != 0.0 || params.frequency_penalty != 0.0;
         // Only the repetition penalty looks at the prompt.
         let prompt = if repetition { prompt } else { &[] };
-        (repetition || answer).then(|| Self { in_answer: prompt.iter().map(|token| (*token, 0)).collect() })
+        (repetition || answer).then(|| {
+            let mut seen = Self::default();
+            for token in prompt {
+                seen.count(*token);
+            }
+            seen
+        })
     }
 
     pub(super) fn add(&mut self, token: u32) {
-        *self.in_answer.entry(token).or_default() += 1;
+        *self.count(token) += 1;
+    }
+
+    fn count(&mut self, token: u32) -> &mut u32 {
+        let place = *self.places.entry(token).or_insert(self.in_answer.len());
+        if place == self.in_answer.len() {
+            self.in_answer.push((token, 0));
+        }
+        &mut self.in_answer[place].1
+    }
+
+    /// Tokens, each once, and how often they are in the answer.
+    pub(super) fn tokens(&self) -> &[(u32, u32)] {
+        &self.in_answer
     }
 
     pub(super) fn penalise(&self, params: &SamplingParams, logits: &mut [f32]) {

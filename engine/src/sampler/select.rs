@@ -33,6 +33,8 @@ pub(super) struct Buffers {
 const LOGIT_DISTANCES: [f32; 10] = [2.0, 3.0, 4.5, 6.5, 9.0, 12.0, 16.0, 24.0, 40.0, f32::INFINITY];
 /// Weights, relative to the largest, tried in turn when looking for the `top_p`.
 const WEIGHT_FLOORS: [f32; 6] = [0.1, 0.01, 1e-3, 1e-4, 1e-6, 0.0];
+/// Candidates that are put in order for the draw; more go back to their places in the row, which takes a pass over it.
+const ORDERED: usize = 1024;
 /// Candidates that are sorted outright rather than cut in half once more.
 const SORTED: usize = 32;
 
@@ -73,6 +75,14 @@ pub(super) fn draw(
     if params.min_p > 0.0 {
         candidates.retain(|c| c.value >= params.min_p);
     }
+    // The draw is in the order of tokens, however they were found, as on a device too.
+    if candidates.len() > ORDERED {
+        logits.fill(0.0);
+        candidates.iter().for_each(|c| logits[c.token as usize] = c.value);
+        math::add_up(logits, sums);
+        return Ok(token(math::pick(logits, sums, uniform * sums.iter().sum::<f64>())));
+    }
+    candidates.sort_unstable_by_key(|c| c.token);
     let mut point = uniform * mass(candidates);
     let drawn = candidates.iter().find(|c| {
         point -= f64::from(c.value);
@@ -218,6 +228,28 @@ mod tests {
         ];
         for params in cases {
             assert_eq!(reachable(&logits, &params), by_definition(&logits, &params), "{params:?}");
+        }
+    }
+
+    #[test]
+    fn many_candidates_are_drawn_in_the_order_of_tokens_like_few() {
+        let logits: Vec<f32> = (0..6000).map(|i| ((i * 37) % 101) as f32 / 40.0).collect();
+        let mut buffers = Buffers::default();
+        for top_k in [ORDERED as u32 - 1, ORDERED as u32 + 1, 4000] {
+            for top_p in [1.0, 0.9] {
+                let params = SamplingParams { top_k, top_p, ..SamplingParams::default() };
+                let kept = by_definition(&logits, &params);
+                let weights: Vec<f64> = kept.iter().map(|token| f64::from(logits[*token as usize]).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                for i in 0..50 {
+                    // In the middle of a token, so that rounding does not matter.
+                    let at = i * kept.len() / 50;
+                    let before: f64 = weights[..at].iter().sum();
+                    let uniform = (before + weights[at] / 2.0) / total;
+                    let drawn = draw(&mut logits.clone(), &params, uniform, &mut buffers).expect("finite");
+                    assert_eq!(drawn, kept[at], "{top_k} {top_p}");
+                }
+            }
         }
     }
 

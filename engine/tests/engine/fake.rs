@@ -7,7 +7,8 @@
 //! ```
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use cupola_engine::{ModelRunner, RunError, TokenText};
@@ -73,6 +74,8 @@ pub(crate) struct Work {
     pub(crate) rows: AtomicUsize,
     pub(crate) batches: AtomicUsize,
     pub(crate) widest: AtomicUsize,
+    /// A batch was submitted to an asynchronous runner, and nobody has waited for it yet.
+    pub(crate) computing: AtomicBool,
 }
 
 pub(crate) struct FakeRunner {
@@ -114,6 +117,64 @@ pub(crate) fn mix(x: u64) -> u64 {
     let x = (x ^ (x >> 31)).wrapping_mul(0x7fb5_d329_728e_a185);
     let x = (x ^ (x >> 27)).wrapping_mul(0x81da_def4_bc2d_d44d);
     x ^ (x >> 33)
+}
+
+/// The same runner on a thread: `forward` returns before anything is computed, and only results are waited for.
+pub(crate) struct AsyncRunner {
+    idle: Option<FakeRunner>,
+    busy: Option<JoinHandle<(FakeRunner, Result<(), RunError>)>>,
+    work: Arc<Work>,
+}
+
+impl AsyncRunner {
+    pub(crate) fn new(runner: FakeRunner) -> Self {
+        let work = Arc::clone(&runner.work);
+        Self { idle: Some(runner), busy: None, work }
+    }
+
+    /// The runner once it is done, and what became of its last batch.
+    fn wait(&mut self) -> Result<&mut FakeRunner, RunError> {
+        if let Some(busy) = self.busy.take() {
+            let (runner, computed) = busy.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            self.work.computing.store(false, Relaxed);
+            self.idle = Some(runner);
+            computed?;
+        }
+        Ok(self.idle.as_mut().expect("a runner that is not busy is idle"))
+    }
+}
+
+impl ModelRunner for AsyncRunner {
+    fn vocab_size(&self) -> usize {
+        VOCAB
+    }
+
+    fn is_asynchronous(&self) -> bool {
+        true
+    }
+
+    fn forward(&mut self, batch: &Batch) -> Result<(), RunError> {
+        self.wait()?;
+        // What the host can tell is told at once; a lost device, by whoever waits.
+        if batch.tokens.contains(&ERROR) {
+            return Err("an error was asked for".to_owned().into());
+        }
+        let (mut runner, batch) = (self.idle.take().expect("it was waited for"), batch.clone());
+        self.work.computing.store(true, Relaxed);
+        self.busy = Some(std::thread::spawn(move || {
+            let computed = runner.forward(&batch);
+            (runner, computed)
+        }));
+        Ok(())
+    }
+
+    fn argmax(&mut self) -> Result<&[u32], RunError> {
+        self.wait()?.argmax()
+    }
+
+    fn for_each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<(), RunError> {
+        self.wait()?.for_each_logits(f)
+    }
 }
 
 impl ModelRunner for FakeRunner {
@@ -166,8 +227,8 @@ impl ModelRunner for FakeRunner {
         Ok(())
     }
 
-    fn argmax(&self) -> &[u32] {
-        &self.argmax
+    fn argmax(&mut self) -> Result<&[u32], RunError> {
+        Ok(&self.argmax)
     }
 
     fn for_each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<(), RunError> {

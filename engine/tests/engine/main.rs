@@ -5,5 +5,9 @@ mod equivalence;
 mod fake;
 mod faults;
 mod logprobs;
+mod overlap;
 mod prefix;
 mod support;
+
+/// The runner returns when everything is computed; `tests/asynchronous` runs the same tests over one that does not.
+const ASYNCHRONOUS: bool = false;

@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cupola_engine::{
-    Engine, EngineConfig, EngineHandle, EngineSetup, Event, FinishReason, MemoryPlan, Request, RequestStream,
-    StopMatch, TokenLogprobs, Usage,
+    Engine, EngineConfig, EngineHandle, EngineSetup, Event, FinishReason, MemoryPlan, ModelRunner, Request,
+    RequestStream, StopMatch, TokenLogprobs, TokenText, Usage,
 };
 use cupola_kernels::kv::BLOCK_SIZE;
 
-use crate::fake::{EOS, FakeRunner, Letters, Work, argmax, logits_after};
+use crate::fake::{AsyncRunner, EOS, FakeRunner, Letters, Work, argmax, logits_after};
 
 /// An engine and what its runner does.
 pub(crate) struct Rig {
@@ -34,7 +34,11 @@ impl Default for Plan {
 
 impl Plan {
     pub(crate) fn start(self) -> Rig {
-        let work = Arc::new(Work::default());
+        self.start_with(Arc::new(Letters::new()), Arc::new(Work::default()))
+    }
+
+    /// With another meaning of tokens, and with what the runner does to be seen from there.
+    pub(crate) fn start_with(self, text: Arc<dyn TokenText>, work: Arc<Work>) -> Rig {
         let runner = FakeRunner::new(self.blocks, self.step_time, Arc::clone(&work));
         let kv_tokens = self.blocks * BLOCK_SIZE;
         let plan = MemoryPlan {
@@ -48,8 +52,10 @@ impl Plan {
             max_model_len: self.max_model_len.min(kv_tokens),
             available_bytes: None,
         };
-        let setup = EngineSetup { text: Arc::new(Letters::new()), eos: vec![EOS], plan };
-        let engine = Engine::start(Box::new(runner), setup, self.config).expect("a sound setup");
+        let setup = EngineSetup { text, eos: vec![EOS], plan };
+        let runner: Box<dyn ModelRunner> =
+            if crate::ASYNCHRONOUS { Box::new(AsyncRunner::new(runner)) } else { Box::new(runner) };
+        let engine = Engine::start(runner, setup, self.config).expect("a sound setup");
         Rig { engine, work }
     }
 }

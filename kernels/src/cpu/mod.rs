@@ -109,6 +109,8 @@ pub struct CpuBackend {
     attention: Vec<AttentionScratch>,
     store_scratch: StoreScratch,
     argmax: ArgmaxScratch,
+    /// Results of `linear_argmax`.
+    chosen: Vec<u32>,
 }
 
 impl CpuBackend {
@@ -134,6 +136,7 @@ impl CpuBackend {
             attention: Vec::new(),
             store_scratch: StoreScratch::default(),
             argmax: ArgmaxScratch::default(),
+            chosen: Vec::new(),
         })
     }
 
@@ -177,6 +180,18 @@ impl Backend for CpuBackend {
 
     fn threads(&self) -> usize {
         self.machine.pool.threads()
+    }
+
+    fn bandwidth(&mut self) -> Result<f64> {
+        roofline::read_bandwidth(self.machine.isa, self.machine.pool.threads())
+    }
+
+    fn linear_bytes(&self, weight: LinearId) -> u64 {
+        self.linears[weight.0 as usize].bytes()
+    }
+
+    fn kv_position_bytes(&self, kv: KvId) -> u64 {
+        (self.pools[kv.0 as usize].layout.block_bytes() / crate::kv::BLOCK_SIZE) as u64
     }
 
     fn allocated_bytes(&self) -> u64 {
@@ -408,16 +423,29 @@ impl Backend for CpuBackend {
         attention::attention(&mut self.machine.pool, isa, scratch, &attention, &out)
     }
 
-    fn linear_argmax(&mut self, x: ActId, rows: usize, weight: LinearId, out: &mut Vec<u32>) -> Result<()> {
+    fn replay(&mut self, ops: &mut dyn FnMut(&mut dyn Backend) -> Result<()>) -> Result<()> {
+        ops(self)
+    }
+
+    fn linear_argmax(&mut self, x: ActId, rows: usize, weight: LinearId, first: usize) -> Result<()> {
         const OP: &str = "linear_argmax";
         let weight = &self.linears[weight.0 as usize];
         check_order(OP, weight.order, PartOrder::Concat)?;
         let act = &self.acts[x.0 as usize];
         check_cols(OP, weight.cols, act.cols)?;
         let acts = act.read(OP, rows, weight.form)?;
-        out.clear();
-        out.extend(products::argmax(&mut self.machine, &mut self.argmax, &self.store, weight, acts));
+        self.chosen.resize(first, 0);
+        self.chosen.extend(products::argmax(&mut self.machine, &mut self.argmax, &self.store, weight, acts));
         Ok(())
+    }
+
+    fn argmaxes(&mut self, count: usize) -> Result<&[u32]> {
+        let chosen = self.chosen.len();
+        self.chosen.get(..count).ok_or_else(|| Error::Shape {
+            op: "argmaxes",
+            expected: format!("at most the {chosen} results there are"),
+            got: count.to_string(),
+        })
     }
 
     fn for_each_row(&mut self, buffer: BufferId, rows: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {

@@ -223,8 +223,12 @@ fn argmax_and_embed_read_the_same_table() {
             let (act, _) = input(&mut backend, rows, cols, table);
             let logits = backend.alloc_buffer(rows, vocab).unwrap();
             backend.linear(act, rows, table, Epilogue::Store, logits).unwrap();
-            let mut best = Vec::new();
-            backend.linear_argmax(act, rows, table, &mut best).unwrap();
+            // In two rounds: the first results stay.
+            backend.linear_argmax(act, rows, table, 0).unwrap();
+            backend.linear_argmax(act, rows, table, rows).unwrap();
+            let best = backend.argmaxes(2 * rows).unwrap().to_vec();
+            assert_eq!(best[..rows], best[rows..]);
+            assert!(backend.argmaxes(2 * rows + 1).is_err());
             for (row, &best) in get(&mut backend, logits, rows).iter().zip(&best) {
                 let largest = row.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
                 assert_eq!(row.iter().position(|&x| x == largest), Some(best as usize));

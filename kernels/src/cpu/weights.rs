@@ -245,6 +245,11 @@ pub(super) struct Linear {
 }
 
 impl Linear {
+    /// Bytes of all parts.
+    pub(super) fn bytes(&self) -> u64 {
+        self.parts.iter().map(|part| part.place.len as u64).sum()
+    }
+
     /// Checks and packs the parts of a matrix.
     ///
     /// # Errors

@@ -4,26 +4,37 @@
 //!   CudaBackend ── Device (stream, kernels)
 //!     ├── arenas    buffers f32 [rows, cols] · acts bf16 [rows, cols to a multiple of 32, zeros behind]
 //!     ├── weights   Linear: tiles of bf16 or quants          products: small_* | expand_* + tile_*
+//!     ├── samplers  what draws tokens               sample_*
 //!     ├── pools     bf16, heads padded to a width that has kernels
-//!     └── batches   tables of the last batches               rope_store, decode_*, prefill_*, attention_merge
+//!     ├── passes    what ops read of rows and sequences      embed, rope_store, decode_*, prefill_*, attention_merge
+//!     └── graphs    passes that were recorded
 //! ```
 //!
-//! Every op checks its sizes as the CPU's do, then submits kernels and returns; only `linear_argmax` and `for_each_row` wait.
+//! Every op checks its sizes as the CPU's do, then submits kernels and returns; only `argmaxes`, `draw` and ops on rows
+//! of the host wait.
 //! The residual stream and all projections are f32, what matrix products and attention multiply is bf16, sums are f32.
 
+use std::sync::Arc;
+
 use super::DeviceInfo;
-use super::batch::{Batches, Cut};
+use super::batch::Cut;
 use super::driver::{Arg, Device, DeviceBytes, Launch};
 use super::fields::{Fields, NULL};
+use super::graphs::{Graphs, Next};
+use super::pass::Passes;
+use super::pinned::Pinned;
 use super::pool::{NO_WINDOW, Pool, launch_attention};
 use super::products::{Expanded, Finish, Input, Output, product};
+use super::sampling::Sampler;
+use super::scratch::argmax_bytes;
 use super::weights::{Format, Linear};
 use crate::checks::{check_cols, check_order, next_id};
 use crate::cpu::rope::RopeTable;
+use crate::kv::BLOCK_SIZE;
 use crate::memory::{Arena, cast_mut};
 use crate::{
-    ActId, Attention, Backend, BufferId, Epilogue, Error, GateFn, HeadShape, KvId, KvLayout, LinearId, PartOrder,
-    Result, RopeId, RopePairs, RopeStore, Rows, VectorId, WeightPart,
+    ActId, Attention, Backend, BufferId, DrawRows, Drawn, Epilogue, Error, GateFn, HeadShape, KvId, KvLayout, LinearId,
+    PartOrder, Pass, PassLimits, Recorded, Result, RopeId, RopePairs, RopeStore, Rows, SamplerId, VectorId, WeightPart,
 };
 
 /// An f32 arena of shape `[rows, cols]`.
@@ -98,12 +109,16 @@ pub struct CudaBackend {
     buffers: Vec<Buffer>,
     acts: Vec<Act>,
     pools: Vec<Pool>,
-    batches: Batches,
+    samplers: Vec<Sampler>,
+    passes: Passes,
+    graphs: Graphs,
     expanded: Expanded,
-    /// Token ids or row numbers of the op under way.
-    indices: Option<DeviceBytes>,
-    /// Best value and feature of each panel, and the best of each row.
-    argmax: Option<[DeviceBytes; 3]>,
+    /// Best value and feature of each panel.
+    panels: Option<[DeviceBytes; 2]>,
+    /// Results of `linear_argmax`, there and here.
+    chosen: Option<(DeviceBytes, Pinned)>,
+    /// How many of them there are.
+    results: usize,
     /// Rows of `for_each_row`.
     host: Arena<u8>,
 }
@@ -127,27 +142,42 @@ impl CudaBackend {
             buffers: Vec::new(),
             acts: Vec::new(),
             pools: Vec::new(),
-            batches: Batches::default(),
+            samplers: Vec::new(),
+            passes: Passes::default(),
+            graphs: Graphs::default(),
             expanded: Expanded::default(),
-            indices: None,
-            argmax: None,
+            panels: None,
+            chosen: None,
+            results: 0,
             host: Arena::zeroed(0, "rows on the host")?,
         })
-    }
-
-    /// Copies `values` to where kernels find token ids or row numbers.
-    fn send_indices(&mut self, values: &[u32]) -> Result<Arg> {
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        fit(&mut self.device, &mut self.indices, bytes.len().max(1 << 12), "row numbers")?;
-        let memory = self.indices.as_mut().expect("`fit` made it");
-        self.device.upload(memory, 0, &bytes)?;
-        Ok(memory.at(0))
     }
 
     /// Submits a kernel of one block for each row.
     fn launch_rows(&mut self, name: &'static str, rows: usize, block: u32, args: &[Arg]) -> Result<()> {
         let kernel = self.device.kernel("elementwise", name)?;
         self.device.launch(&kernel, Launch { grid: (rows as u32, 1), block, shared: 0 }, args)
+    }
+
+    /// Makes room for the panels of an argmax of `rows` rows, and for results up to `results`.
+    fn fit_argmax(&mut self, weight: LinearId, rows: usize, results: usize) -> Result<()> {
+        const WHAT: &str = "the best of each panel";
+        let bytes = argmax_bytes(rows, self.linears[weight.0 as usize].panels());
+        if self.panels.as_ref().is_none_or(|panels| panels[0].len() < bytes) {
+            self.panels = None;
+            self.panels = Some([self.device.alloc(bytes, WHAT)?, self.device.alloc(bytes, WHAT)?]);
+        }
+        if self.chosen.as_ref().is_none_or(|(_, here)| here.len() < results) {
+            let (mut there, mut here) =
+                (self.device.alloc(4 * results, WHAT)?, Pinned::new(&self.device, results, WHAT)?);
+            // Results of earlier rounds stay.
+            if let Some((_, old)) = &mut self.chosen {
+                here.words_mut()?[..old.len()].copy_from_slice(old.words_mut()?);
+                here.upload(&self.device, old.len(), &mut there)?;
+            }
+            self.chosen = Some((there, here));
+        }
+        Ok(())
     }
 
     fn check_consumer(&self, op: &'static str, consumer: LinearId, cols: usize) -> Result<()> {
@@ -167,6 +197,11 @@ impl CudaBackend {
         self.device.synchronize().unwrap();
     }
 
+    /// Copies of rows and sequences so far.
+    pub(super) fn copies(&self) -> usize {
+        self.passes.copies
+    }
+
     /// The content of a pool, and the width of its heads.
     pub(super) fn pool_values(&self, kv: KvId) -> (Vec<u16>, usize) {
         let pool = &self.pools[kv.0 as usize];
@@ -174,15 +209,6 @@ impl CudaBackend {
         self.device.download(&pool.values, 0, &mut bytes).unwrap();
         (bytes.as_chunks::<2>().0.iter().map(|&pair| u16::from_le_bytes(pair)).collect(), pool.width)
     }
-}
-
-/// Grows `memory` to at least `bytes`; what lay there is lost.
-fn fit(device: &mut Device, memory: &mut Option<DeviceBytes>, bytes: usize, what: &'static str) -> Result<()> {
-    if memory.as_ref().is_none_or(|memory| memory.len() < bytes) {
-        *memory = None;
-        *memory = Some(device.alloc(bytes.next_power_of_two(), what)?);
-    }
-    Ok(())
 }
 
 /// Copies f32 values to new device memory.
@@ -207,6 +233,19 @@ impl Backend for CudaBackend {
 
     fn threads(&self) -> usize {
         1
+    }
+
+    fn bandwidth(&mut self) -> Result<f64> {
+        self.device.copy_bandwidth()
+    }
+
+    fn linear_bytes(&self, weight: LinearId) -> u64 {
+        let parts = self.linears[weight.0 as usize].parts.iter();
+        parts.map(|part| part.tiles.len() + part.scales.as_ref().map_or(0, DeviceBytes::len)).sum::<usize>() as u64
+    }
+
+    fn kv_position_bytes(&self, kv: KvId) -> u64 {
+        (super::kv_block_bytes(self.pools[kv.0 as usize].layout) / BLOCK_SIZE) as u64
     }
 
     fn allocated_bytes(&self) -> u64 {
@@ -258,6 +297,13 @@ impl Backend for CudaBackend {
         Ok(id)
     }
 
+    fn alloc_sampler(&mut self, rows: usize, vocab: usize) -> Result<Option<SamplerId>> {
+        let sampler = Sampler::new(&mut self.device, rows, vocab)?;
+        let id = SamplerId(next_id(&self.samplers));
+        self.samplers.push(sampler);
+        Ok(Some(id))
+    }
+
     fn embed(&mut self, table: LinearId, tokens: &[u32], scale: f32, out: BufferId) -> Result<()> {
         const OP: &str = "embed";
         let weight = &self.linears[table.0 as usize];
@@ -279,7 +325,7 @@ impl Backend for CudaBackend {
         };
         let (tiles, scales) = (part.tiles.at(0), part.scales.as_ref().map_or(NULL, |scales| scales.at(0)));
         let (blocks, cols) = (weight.blocks() as u32, weight.cols as u32);
-        let ids = self.send_indices(tokens)?;
+        let ids = self.passes.tokens(&mut self.device, tokens)?;
         let out = self.buffers[out.0 as usize].values.at(0);
         let args = [tiles, scales, ids, out, Arg::U32(blocks), Arg::U32(cols), Arg::F32(scale)];
         self.launch_rows(name, tokens.len(), 128, &args)
@@ -298,7 +344,7 @@ impl Backend for CudaBackend {
         if rows.last().is_none_or(|&last| last as usize + 1 == rows.len()) {
             return Ok(());
         }
-        let ids = self.send_indices(rows)?;
+        let ids = self.passes.kept(&mut self.device, rows)?;
         let (name, cols) = if cols.is_multiple_of(4) { ("keep_rows_4", cols / 4) } else { ("keep_rows_1", cols) };
         let values = self.buffers[id.0 as usize].values.at(0);
         let args = [values, ids, Arg::U32(rows.len() as u32), Arg::U32(cols as u32)];
@@ -324,14 +370,18 @@ impl Backend for CudaBackend {
         buffer.check(OP, end, cols)?;
         self.check_consumer(OP, consumer, cols)?;
         self.acts[out.0 as usize].check(OP, rows.len(), cols)?;
-        let ids = match rows {
-            Rows::First(_) => NULL,
-            Rows::Picked(rows) => self.send_indices(rows)?,
+        let (first, ids) = match rows {
+            Rows::First(_) => (0, NULL),
+            // Neighbours need no list.
+            Rows::Picked(rows) if rows.windows(2).all(|pair| pair[0] + 1 == pair[1]) => {
+                (rows.first().map_or(0, |&row| row as usize), NULL)
+            }
+            Rows::Picked(rows) => (0, self.passes.kept(&mut self.device, rows)?),
         };
         let act = &mut self.acts[out.0 as usize];
         act.ready = rows.len();
         let args = [
-            self.buffers[x.0 as usize].values.at(0),
+            self.buffers[x.0 as usize].values.at(4 * first * cols),
             ids,
             self.vectors[weight.0 as usize].values.at(0),
             act.values.at(0),
@@ -417,13 +467,13 @@ impl Backend for CudaBackend {
             (norms, eps) = (vectors.map(|vector| vector.values.at(0)), norm_eps);
         }
         let sequences = (op.spans, op.block_table);
-        let tables = self.batches.tables(&mut self.device, (OP, None), sequences, (pool.blocks, qkv.rows))?;
+        let view = self.passes.view(&mut self.device, (OP, None), sequences, (pool.blocks, qkv.rows))?;
         // `RopeStore` of `cu/rope.cu`.
         let fields = Fields::default()
             .inner(pool.fields(op.layer))
             .pointer(qkv.values.at(0))
-            .pointer(tables.positions())
-            .pointer(tables.places())
+            .pointer(view.positions)
+            .pointer(view.places)
             .pointer(rope.values.at(0))
             .pointer(norms[0])
             .pointer(norms[1])
@@ -434,7 +484,7 @@ impl Backend for CudaBackend {
             .float(op.query_scale)
             .float(eps);
         let kernel = self.device.kernel("rope", "rope_store")?;
-        let grid = (tables.rows as u32, (heads + 2 * kv_heads).div_ceil(HEADS) as u32);
+        let grid = (view.rows.min(qkv.rows) as u32, (heads + 2 * kv_heads).div_ceil(HEADS) as u32);
         self.device.launch(&kernel, Launch { grid, block: 32 * HEADS as u32, shared: 0 }, &[Arg::Fields(fields)])
     }
 
@@ -459,14 +509,15 @@ impl Backend for CudaBackend {
         out.check(OP, rows, cols)?;
         let cut = Cut { group: heads / kv_heads, window: op.window };
         let sequences = (op.spans, op.block_table);
-        let tables = self.batches.tables(&mut self.device, (OP, Some(cut)), sequences, (pool.blocks, qkv.rows))?;
-        out.ready = rows;
+        let view = self.passes.view(&mut self.device, (OP, Some(cut)), sequences, (pool.blocks, qkv.rows))?;
+        // Rows of no sequence keep what was there before: nothing that is read depends on them.
+        out.ready = if view.padded { view.rows.min(out.rows) } else { rows };
         let fields = |items: Arg| {
             // `Attention` of `cu/attention.cuh`.
             let fields = Fields::default()
                 .inner(pool.fields(op.layer))
                 .pointer(qkv.values.at(0))
-                .pointer(tables.block_table())
+                .pointer(view.table)
                 .pointer(items)
                 .pointer(out.values.at(0))
                 .pointer(pool.partial.at(0))
@@ -479,57 +530,130 @@ impl Backend for CudaBackend {
                 .number(op.window.unwrap_or(NO_WINDOW).min(NO_WINDOW));
             [Arg::Fields(fields)]
         };
-        launch_attention(&mut self.device, pool, tables, fields)
+        launch_attention(&mut self.device, pool, &view, fields)
     }
 
-    fn linear_argmax(&mut self, x: ActId, rows: usize, weight: LinearId, out: &mut Vec<u32>) -> Result<()> {
+    fn linear_argmax(&mut self, x: ActId, rows: usize, weight: LinearId, first: usize) -> Result<()> {
         const OP: &str = "linear_argmax";
-        let weight = &self.linears[weight.0 as usize];
+        let id = weight;
+        let weight = &self.linears[id.0 as usize];
         check_order(OP, weight.order, PartOrder::Concat)?;
-        let x = self.acts[x.0 as usize].read(OP, rows, weight.cols)?;
+        self.acts[x.0 as usize].read(OP, rows, weight.cols)?;
+        self.fit_argmax(id, rows, first + rows)?;
+        let (weight, x) = (&self.linears[id.0 as usize], &self.acts[x.0 as usize]);
+        let x = x.read(OP, rows, weight.cols)?;
         let panels = weight.panels();
-        let bytes = rows * panels * 4;
-        if self.argmax.as_ref().is_none_or(|scratch| scratch[0].len() < bytes || scratch[2].len() < 4 * rows) {
-            self.argmax = None;
-            let mut alloc = |bytes: usize| self.device.alloc(bytes.next_power_of_two(), "the best of each panel");
-            self.argmax = Some([alloc(bytes)?, alloc(bytes)?, alloc(4 * rows)?]);
-        }
-        let [values, features, best] = self.argmax.as_ref().expect("it was just made where there was none");
+        let [values, features] = self.panels.as_ref().expect("`fit_argmax` made them");
         let output = Output { memory: values, stride: panels, index: Some(features) };
         product(&mut self.device, &self.expanded, weight, x, Finish::Argmax, output)?;
         let kernel = self.device.kernel("elementwise", "argmax")?;
-        let args = [values.at(0), features.at(0), best.at(0), Arg::U32(panels as u32)];
+        let (there, here) = self.chosen.as_mut().expect("`fit_argmax` made it");
+        let args = [values.at(0), features.at(0), there.at(4 * first), Arg::U32(panels as u32)];
         self.device.launch(&kernel, Launch { grid: (rows as u32, 1), block: 256, shared: 0 }, &args)?;
-        let mut bytes = vec![0; 4 * rows];
-        self.device.download(best, 0, &mut bytes)?;
-        out.clear();
-        out.extend(bytes.as_chunks::<4>().0.iter().map(|&word| u32::from_le_bytes(word)));
-        Ok(())
+        self.results = first + rows;
+        here.download(&self.device, there, first, rows)
+    }
+
+    fn argmaxes(&mut self, count: usize) -> Result<&[u32]> {
+        if count > self.results {
+            let expected = format!("at most the {} results there are", self.results);
+            return Err(Error::Shape { op: "argmaxes", expected, got: count.to_string() });
+        }
+        let Some((_, here)) = &mut self.chosen else { return Ok(&[]) };
+        Ok(&here.words_mut()?[..count])
+    }
+
+    fn reserve(&mut self, limits: &PassLimits<'_>) -> Result<()> {
+        self.passes.reserve(&mut self.device, limits)?;
+        self.fit_argmax(limits.head, limits.head_rows, limits.rows)
+    }
+
+    fn is_asynchronous(&self) -> bool {
+        true
+    }
+
+    fn begin_pass(&mut self, pass: &Pass<'_>) -> Result<()> {
+        const OP: &str = "begin_pass";
+        let blocks = self.pools.iter().map(|pool| pool.blocks).min().unwrap_or(0);
+        let positions = self.ropes.iter().map(|rope| rope.positions).min().unwrap_or(0);
+        if let Some(span) = pass.spans.iter().find(|span| span.pos0 as usize + span.rows as usize > positions) {
+            let expected = format!("positions below {positions}");
+            return Err(Error::Shape { op: OP, expected, got: format!("{span:?}") });
+        }
+        if let Some(span) = pass.spans.iter().find(|span| pass.repeated.is_some() && span.rows != 1) {
+            let expected = "one row of each sequence in a pass that is repeated".into();
+            return Err(Error::Shape { op: OP, expected, got: format!("{span:?}") });
+        }
+        self.passes.begin(&mut self.device, pass, blocks)
+    }
+
+    fn replay(&mut self, ops: &mut dyn FnMut(&mut dyn Backend) -> Result<()>) -> Result<()> {
+        let (key, generation) = (self.passes.key(), self.passes.generation());
+        match self.graphs.next(key, generation) {
+            Next::Run => return ops(self),
+            Next::Launch(graph) => return self.device.replay(graph),
+            Next::Record => {}
+        }
+        let stream = Arc::clone(&self.device.stream);
+        self.passes.hold(true);
+        let recorded = Device::record(&stream, || ops(self));
+        self.passes.hold(false);
+        match recorded {
+            Ok(graph) => {
+                self.device.replay(&graph)?;
+                self.graphs.keep(key.expect("only passes with a key are recorded"), graph);
+                Ok(())
+            }
+            Err(error) => {
+                self.graphs.give_up(error.to_string());
+                ops(self)
+            }
+        }
+    }
+
+    fn record_passes(&mut self, wanted: bool) -> bool {
+        self.graphs.want(wanted)
+    }
+
+    fn recorded(&self) -> Recorded {
+        self.graphs.recorded()
     }
 
     fn for_each_row(&mut self, buffer: BufferId, rows: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {
-        self.take_rows(buffer, rows, f)?;
+        self.take_rows(buffer, Rows::First(rows), f)?;
         let buffer = &mut self.buffers[buffer.0 as usize];
         let bytes = rows * buffer.cols * size_of::<f32>();
         self.device.upload(&mut buffer.values, 0, &self.host[..bytes])
     }
 
-    fn take_rows(&mut self, buffer: BufferId, rows: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {
+    fn take_rows(&mut self, buffer: BufferId, rows: Rows<'_>, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {
         let buffer = &self.buffers[buffer.0 as usize];
         let cols = buffer.cols;
-        buffer.check("for_each_row", rows, cols)?;
-        if rows * cols == 0 {
+        let end = match rows {
+            Rows::First(n) => n,
+            Rows::Picked(rows) => rows.iter().max().map_or(0, |&row| row as usize + 1),
+        };
+        buffer.check("for_each_row", end, cols)?;
+        let row_bytes = cols * size_of::<f32>();
+        let bytes = rows.len() * row_bytes;
+        if bytes == 0 {
             return Ok(());
         }
-        let bytes = rows * cols * size_of::<f32>();
         if self.host.len() < bytes {
             self.host = Arena::zeroed(bytes.next_power_of_two(), "rows on the host")?;
         }
         let host = &mut self.host[..bytes];
-        self.device.download(&buffer.values, 0, host)?;
+        match rows {
+            Rows::First(_) => self.device.download(&buffer.values, 0, host)?,
+            Rows::Picked(rows) => {
+                for (&row, host) in rows.iter().zip(host.chunks_exact_mut(row_bytes)) {
+                    self.device.download(&buffer.values, row as usize * row_bytes, host)?;
+                }
+            }
+        }
         let values: &mut [f32] = cast_mut(host);
-        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(rows);
-        let share = rows.div_ceil(threads);
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(rows.len());
+        let share = rows.len().div_ceil(threads);
         std::thread::scope(|scope| {
             for (i, values) in values.chunks_mut(share * cols).enumerate() {
                 let mut work = move || {
@@ -546,5 +670,22 @@ impl Backend for CudaBackend {
             }
         });
         Ok(())
+    }
+
+    fn draw(&mut self, op: DrawRows<'_>, out: &mut Vec<Drawn>) -> Result<()> {
+        const OP: &str = "draw";
+        let sampler = &mut self.samplers[op.sampler.0 as usize];
+        let logits = &self.buffers[op.logits.0 as usize];
+        logits.check(OP, op.draws.last().map_or(0, |(row, _)| *row as usize + 1), sampler.vocab())?;
+        if !op.draws.is_sorted_by(|a, b| a.0 < b.0) {
+            let rows: Vec<_> = op.draws.iter().map(|(row, _)| row).collect();
+            return Err(Error::Shape { op: OP, expected: "rows in ascending order".into(), got: format!("{rows:?}") });
+        }
+        if op.softcap.is_some_and(|cap| !(cap > 0.0 && cap.is_finite())) {
+            let expected = "a softcap above 0".into();
+            return Err(Error::Shape { op: OP, expected, got: format!("{:?}", op.softcap) });
+        }
+        out.clear();
+        sampler.draw(&mut self.device, &logits.values, op.softcap, op.draws, out)
     }
 }

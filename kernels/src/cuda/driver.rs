@@ -2,8 +2,10 @@
 //!
 //! ```text
 //!   Device ── context ── one stream ──┬── DeviceBytes   owned device memory, freed in stream order
+//!                                     ├── Pinned        page-locked host memory, copied while the host goes on (`pinned.rs`)
 //!                                     ├── Kernel        a function of an embedded fatbin, with the sizes of its parameters
-//!                                     └── launch        checked against those sizes
+//!                                     ├── launch        checked against those sizes
+//!                                     └── Graph         launches that were recorded once, submitted as one
 //! ```
 //!
 //! Everything runs on one stream, so work is done in the order in which it was submitted and no op waits for another one.
@@ -14,10 +16,11 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Instant;
 
 use cudarc::driver::sys::{self, CUfunction_attribute as FunctionAttribute, CUresult};
 use cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DriverError, LaunchConfig, PushKernelArg,
+    CudaContext, CudaFunction, CudaGraph, CudaModule, CudaSlice, CudaStream, DriverError, LaunchConfig, PushKernelArg,
 };
 use cudarc::nvrtc::Ptx;
 
@@ -32,8 +35,8 @@ const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
 /// A CUDA device with a context, one stream, and the kernels loaded so far.
 pub(crate) struct Device {
     info: DeviceInfo,
-    context: Arc<CudaContext>,
-    stream: Arc<CudaStream>,
+    pub(super) context: Arc<CudaContext>,
+    pub(super) stream: Arc<CudaStream>,
     modules: HashMap<&'static str, Arc<CudaModule>>,
     kernels: HashMap<&'static str, Kernel>,
     allocated: Arc<AtomicU64>,
@@ -41,7 +44,7 @@ pub(crate) struct Device {
 
 /// Memory on a device. It is freed behind the work submitted before.
 pub(crate) struct DeviceBytes {
-    slice: CudaSlice<u8>,
+    pub(super) slice: CudaSlice<u8>,
     /// Where it starts, as kernels see it.
     address: u64,
     /// The device's count of what is allocated.
@@ -56,6 +59,12 @@ pub(crate) struct Kernel {
     /// Bytes of each parameter, in order.
     parameters: Arc<[usize]>,
 }
+
+/// Launches recorded once, with the arguments that they had. It must not be launched after memory that they name is freed.
+pub(crate) struct Graph(CudaGraph);
+
+// SAFETY: a graph may be used by one thread at a time, from any; it is reached through the backend that owns it alone.
+unsafe impl Send for Graph {}
 
 /// One argument of a launch.
 #[derive(Clone, Copy, Debug)]
@@ -185,6 +194,55 @@ impl Device {
     /// [`Error::Device`] when some of it failed.
     pub(crate) fn synchronize(&self) -> Result<()> {
         self.stream.synchronize().map_err(|error| failed("waiting for the device", error))
+    }
+
+    /// Records the launches of `work` without running them. `work` must not wait, allocate or load a kernel.
+    ///
+    /// # Errors
+    /// Those of `work`, and [`Error::Device`] when the driver cannot record it; the stream can be used as before.
+    pub(crate) fn record(stream: &Arc<CudaStream>, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        stream.begin_capture(mode).map_err(|error| failed("recording a graph", error))?;
+        let worked = work();
+        // Also after a failure: a stream that is left recording is of no use.
+        let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0));
+        worked?;
+        match graph.map_err(|error| failed("recording a graph", error))? {
+            Some(graph) => Ok(Graph(graph)),
+            None => Err(Error::Device { what: "recording a graph".into(), why: "the driver gave none".into() }),
+        }
+    }
+
+    /// Submits what a graph has recorded.
+    ///
+    /// # Errors
+    /// [`Error::Device`] as for [`Device::launch`].
+    pub(crate) fn replay(&self, graph: &Graph) -> Result<()> {
+        graph.0.launch().map_err(|error| failed("launching a graph", error))
+    }
+
+    /// Bytes that the device can copy within itself in a second, read and written ones counted, measured now.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] when there is no room for two times 256 MiB, [`Error::Device`].
+    pub(crate) fn copy_bandwidth(&mut self) -> Result<f64> {
+        /// More than the caches of any device hold.
+        const BYTES: usize = 256 << 20;
+        const ROUNDS: usize = 3;
+        const COPIES: usize = 20;
+        let from = self.alloc_zeroed(BYTES, "the memory to copy")?;
+        let mut to = self.alloc_zeroed(BYTES, "the memory to copy")?;
+        let mut best = f64::INFINITY;
+        for _ in 0..ROUNDS {
+            self.synchronize()?;
+            let began = Instant::now();
+            for _ in 0..COPIES {
+                self.stream.memcpy_dtod(&from.slice, &mut to.slice).map_err(|error| failed("copying", error))?;
+            }
+            self.synchronize()?;
+            best = best.min(began.elapsed().as_secs_f64());
+        }
+        Ok((2 * BYTES * COPIES) as f64 / best)
     }
 
     /// The kernel `name` of the unit `unit` (a `.cu` file without its ending), loaded on first use.
@@ -331,8 +389,6 @@ pub(super) fn failed(what: &str, error: DriverError) -> Error {
 #[cfg(test)]
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod tests {
-    use std::time::Instant;
-
     use super::*;
     use crate::cuda::testing;
 
@@ -383,15 +439,33 @@ mod tests {
             got
         };
         device.upload(&mut memory, 0, &[1; 4]).unwrap();
-        device.stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
-        device.stream.memset_zeros(&mut memory.slice).unwrap();
-        let graph = device.stream.end_capture(sys::CUgraphInstantiate_flags(0)).unwrap().unwrap();
+        let stream = Arc::clone(&device.stream);
+        let graph = Device::record(&stream, || {
+            stream.memset_zeros(&mut memory.slice).unwrap();
+            Ok(())
+        });
+        let graph = graph.unwrap();
         assert_eq!(read(&device, &memory), [1; 4]);
         for _ in 0..2 {
             device.upload(&mut memory, 0, &[2; 4]).unwrap();
-            graph.launch().unwrap();
+            device.replay(&graph).unwrap();
             assert_eq!(read(&device, &memory), [0; 4]);
         }
+    }
+
+    #[test]
+    fn what_waits_cannot_be_recorded_and_the_stream_goes_on() {
+        let mut device = device();
+        let mut memory = device.alloc_zeroed(4, "test").unwrap();
+        let stream = Arc::clone(&device.stream);
+        let waits = Device::record(&stream, || device.synchronize());
+        assert!(waits.is_err());
+        let refused = Device::record(&stream, || Err(Error::Device { what: "a".into(), why: "b".into() }));
+        assert!(refused.is_err());
+        device.upload(&mut memory, 0, &[1; 4]).unwrap();
+        let mut got = [0; 4];
+        device.download(&memory, 0, &mut got).unwrap();
+        assert_eq!(got, [1; 4]);
     }
 
     #[test]
@@ -407,23 +481,6 @@ mod tests {
     #[test]
     #[ignore = "measures a GPU"]
     fn copy_bandwidth() {
-        const RUNS: u32 = 20;
-        let mut device = device();
-        let bytes = (device.info().memory / 16).min(1 << 30);
-        let size = usize::try_from(bytes).unwrap();
-        let from = device.alloc_zeroed(size, "test").unwrap();
-        let mut to = device.alloc_zeroed(size, "test").unwrap();
-        let mut best = f64::INFINITY;
-        for _ in 0..3 {
-            device.synchronize().unwrap();
-            let began = Instant::now();
-            for _ in 0..RUNS {
-                device.stream.memcpy_dtod(&from.slice, &mut to.slice).unwrap();
-            }
-            device.synchronize().unwrap();
-            best = best.min(began.elapsed().as_secs_f64());
-        }
-        let moved = 2.0 * bytes as f64 * f64::from(RUNS);
-        println!("\ncopy bandwidth: {:.0} GB/s, read and written bytes of {bytes}-byte copies", moved / best / 1e9);
+        println!("\ncopy bandwidth: {:.0} GB/s", device().copy_bandwidth().unwrap() / 1e9);
     }
 }

@@ -2,11 +2,13 @@
 //! `cuda-emulator/tests/faulty.cu` runs in a process of its own, since an error of the device stays.
 
 use std::process::Command;
+use std::sync::Mutex;
 
 use super::driver::{Arg, Device, Launch};
 use super::prebuilt::UNITS;
 use super::probe::{DRIVER_VARIABLE, devices};
-use super::testing;
+use super::{CudaBackend, testing};
+use crate::{Backend, Pass};
 
 const KERNEL_VARIABLE: &str = "CUPOLA_TEST_KERNEL";
 const INPUTS: usize = 512;
@@ -139,4 +141,38 @@ fn arguments_are_checked_against_the_kernel() {
     let shape = Launch { grid: (1, 1), block: 32, shared: 0 };
     let error = device.launch(&kernel, shape, &[memory.at(0), Arg::U32(1)]).unwrap_err();
     assert!(error.to_string().starts_with("argmax: expected parameters of ["), "{error}");
+}
+
+/// Not a test: repeats a pass on a driver that captures nothing.
+#[test]
+#[ignore = "started by the next test, as a process of its own"]
+fn repeat_a_pass() {
+    let mut backend = CudaBackend::new(devices().unwrap()[0].clone()).unwrap();
+    let out = backend.alloc_buffer(1, 32).unwrap();
+    let norm = backend.load_vector(&[1.0; 32]).unwrap();
+    assert!(backend.record_passes(true));
+    for _ in 0..3 {
+        let pass = Pass { tokens: &[0], spans: &[], last_spans: &[], kept: &[], block_table: &[], repeated: Some(0) };
+        backend.begin_pass(&pass).unwrap();
+        let y = backend.alloc_buffer(1, 32).unwrap();
+        backend.for_each_row(y, 1, &|_, values| values.fill(3.0)).unwrap();
+        backend.replay(&mut |backend| backend.rms_norm_add(y, 1, (norm, 0.0), out)).unwrap();
+    }
+    let sum = Mutex::new(0.0);
+    backend.for_each_row(out, 1, &|_, values| *sum.lock().unwrap() = values[31]).unwrap();
+    println!("\nresult: {} {:?}", sum.into_inner().unwrap(), backend.recorded());
+}
+
+#[test]
+fn without_captures_every_pass_runs_as_it_is() {
+    let library = testing::emulated_driver().unwrap();
+    let child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "--ignored", "--nocapture", "--test-threads=1", "cuda::emulator_tests::repeat_a_pass"])
+        .env(DRIVER_VARIABLE, library)
+        .env("CUPOLA_EMULATOR_NO_GRAPHS", "1")
+        .output()
+        .unwrap();
+    let printed = String::from_utf8(child.stdout).unwrap();
+    let result = printed.lines().find_map(|line| line.strip_prefix("result: ")).expect(&printed);
+    assert!(result.starts_with("3 Recorded { graphs: 0, failed: Some("), "{result}");
 }

@@ -12,10 +12,15 @@ mod backend;
 mod batch;
 mod driver;
 mod fields;
+mod graphs;
+mod pass;
+mod pinned;
 mod pool;
 mod prebuilt;
 pub mod probe;
 mod products;
+mod sampling;
+mod scratch;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod weights;
@@ -24,6 +29,8 @@ pub use backend::CudaBackend;
 pub use driver::free_memory;
 pub use pool::kv_block_bytes;
 pub use probe::{DeviceInfo, devices};
+pub use products::expanded_bytes;
+pub use scratch::Steps;
 pub use weights::weight_bytes;
 
 // The emulated driver is for x86-64 Linux.

@@ -6,9 +6,10 @@
 //!           many     ──> prefill_*
 //! ```
 
-use super::batch::{SLOTS, Tables};
+use super::batch::SLOTS;
 use super::driver::{Arg, Device, DeviceBytes, Launch};
 use super::fields::Fields;
+use super::pass::View;
 use crate::cpu::spans::check_heads;
 use crate::kv::{BLOCK_SIZE, KvType};
 use crate::{Error, HeadShape, KvLayout, Result};
@@ -44,9 +45,9 @@ impl Pool {
             return Err(Error::Shape { op: "alloc_kv", expected, got: layout.head_dim.to_string() });
         };
         let values = device.alloc_zeroed(kv_block_bytes(layout).saturating_mul(blocks), "the key/value pool")?;
-        let rows = SLOTS * layout.kv_heads * 16;
-        let partial = device.alloc(rows * width * 4, "pieces of attention")?;
-        let partial_state = device.alloc(rows * 8, "pieces of attention")?;
+        let [partial, partial_state] = piece_bytes(layout);
+        let partial = device.alloc(partial, "pieces of attention")?;
+        let partial_state = device.alloc(partial_state, "pieces of attention")?;
         Ok(Self { layout, blocks, width, values, partial, partial_state })
     }
 
@@ -75,6 +76,12 @@ pub fn kv_block_bytes(layout: KvLayout) -> usize {
     KvLayout { head_dim: width, ..layout }.block_bytes()
 }
 
+/// Bytes of what pieces of sequences leave behind: values, and how they are merged.
+pub(super) fn piece_bytes(layout: KvLayout) -> [usize; 2] {
+    let rows = SLOTS * layout.kv_heads * 16;
+    [rows * width_of(layout.head_dim).unwrap_or(layout.head_dim) * 4, rows * 8]
+}
+
 /// The width that heads of this dimension are stored in.
 fn width_of(head_dim: usize) -> Option<usize> {
     WIDTHS.into_iter().find(|&width| width >= head_dim)
@@ -87,23 +94,22 @@ fn width_of(head_dim: usize) -> Option<usize> {
 pub(super) fn launch_attention(
     device: &mut Device,
     pool: &Pool,
-    tables: &Tables,
+    view: &View,
     fields: impl Fn(Arg) -> [Arg; 1],
 ) -> Result<()> {
     let kv_heads = pool.layout.kv_heads as u32;
     let width = WIDTHS.iter().position(|&width| width == pool.width).expect("the pool was made with one of them");
-    let [few, many, merges] = tables.items();
-    let counts = tables.counts;
+    let (items, counts) = (&view.items, view.counts);
     if counts.few > 0 {
         let name = ["decode_32", "decode_64", "decode_96", "decode_128", "decode_256"][width];
         let kernel = device.kernel("attention_decode", name)?;
         let shape = Launch { grid: (counts.few as u32, kv_heads), block: 128, shared: 0 };
-        device.launch(&kernel, shape, &fields(few))?;
+        device.launch(&kernel, shape, &fields(items.few))?;
     }
     if counts.merges > 0 {
         let kernel = device.kernel("attention_decode", "attention_merge")?;
         let shape = Launch { grid: (counts.merges as u32, kv_heads), block: 128, shared: 0 };
-        device.launch(&kernel, shape, &fields(merges))?;
+        device.launch(&kernel, shape, &fields(items.merges))?;
     }
     if counts.many > 0 {
         let name = ["prefill_32", "prefill_64", "prefill_96", "prefill_128", "prefill_256"][width];
@@ -113,7 +119,7 @@ pub(super) fn launch_attention(
         let kernel = device.kernel("attention_prefill", name)?;
         device.allow_shared(&kernel, shared)?;
         let shape = Launch { grid: (counts.many as u32, kv_heads), block: 128, shared };
-        device.launch(&kernel, shape, &fields(many))?;
+        device.launch(&kernel, shape, &fields(items.many))?;
     }
     Ok(())
 }

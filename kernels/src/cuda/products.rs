@@ -12,8 +12,8 @@ use std::ops::Range;
 
 use super::driver::{Arg, Device, DeviceBytes, Launch};
 use super::fields::{Fields, NULL};
-use super::weights::{Format, Linear, Part};
-use crate::{Epilogue, GateFn, Result};
+use super::weights::{Format, Linear, Part, TILE_COLS, TILE_ROWS};
+use crate::{Epilogue, GateFn, Result, WeightType};
 
 /// Most rows of the small kernels.
 const SMALL_ROWS: usize = 64;
@@ -92,6 +92,16 @@ impl Expanded {
         }
         Ok(())
     }
+}
+
+/// Bytes into which a matrix of this type and shape is expanded for products of many rows, alone or as one of two that are
+/// interleaved. All matrices of a model share the largest of these.
+pub fn expanded_bytes(ty: WeightType, rows: usize, cols: usize) -> usize {
+    if Format::of(ty) == Format::Bf16 {
+        return 0;
+    }
+    let (blocks, panels) = (cols.div_ceil(TILE_COLS), 2 * rows.div_ceil(TILE_ROWS));
+    Expanded::panels(blocks).min(panels) * blocks * Format::Bf16.tile_bytes()
 }
 
 /// `out = finish(x * weight^T + bias)`; sizes were checked by the caller.

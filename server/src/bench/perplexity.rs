@@ -62,8 +62,13 @@ pub fn measure(
     watch: &mut dyn FnMut(&Perplexity, usize),
 ) -> cupola_models::Result<Option<Perplexity>> {
     let blocks = blocks_for(context);
-    let limits =
-        DecoderLimits { max_batch_tokens: CHUNK.min(context), kv_blocks: blocks, kv_type, max_model_len: context };
+    let limits = DecoderLimits {
+        max_batch_tokens: CHUNK.min(context),
+        max_seqs: 1,
+        kv_blocks: blocks,
+        kv_type,
+        max_model_len: context,
+    };
     let mut decoder = Decoder::load(model, backend, limits, &mut |_, _| {})?;
     let table: Vec<BlockId> = (0..).map(BlockId).take(blocks).collect();
     let mut total = Perplexity { windows: 0, scored: 0, nats: 0.0, squares: 0.0 };
@@ -121,8 +126,13 @@ mod tests {
     /// The same, one token of one window at a time.
     fn plainly(model: &Model, backend: Box<dyn Backend>, window: &[u32]) -> f64 {
         let blocks = blocks_for(window.len());
-        let limits =
-            DecoderLimits { max_batch_tokens: 1, kv_blocks: blocks, kv_type: KvType::F16, max_model_len: window.len() };
+        let limits = DecoderLimits {
+            max_batch_tokens: 1,
+            max_seqs: 1,
+            kv_blocks: blocks,
+            kv_type: KvType::F16,
+            max_model_len: window.len(),
+        };
         let mut decoder = Decoder::load(model, backend, limits, &mut |_, _| {}).unwrap();
         let table: Vec<BlockId> = (0..).map(BlockId).take(blocks).collect();
         let sum = Mutex::new(0.0);

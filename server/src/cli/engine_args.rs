@@ -73,6 +73,9 @@ pub(crate) struct EngineArgs {
     /// Share of a GPU's memory that may be in use, by this model and by others [default: 0.9]
     #[arg(long, value_name = "SHARE")]
     gpu_memory_utilization: Option<f64>,
+    /// Submit every op of a step on a GPU by itself, without CUDA graphs
+    #[arg(long)]
+    enforce_eager: bool,
     /// Where weights come from: the model's files, or `dummy`: random ones, to measure speed. MODEL is then a folder with
     /// a config.json, or one of llama-3.2-1b, llama-3.1-8b
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t = LoadFormat::Auto)]
@@ -122,6 +125,7 @@ impl EngineArgs {
             gpu_memory_utilization: self.gpu_memory_utilization.unwrap_or(default.gpu_memory_utilization),
             kv_cache_type: self.kv_cache_dtype.into(),
             max_queued_requests: or(self.max_queued_requests, 4 * max_num_seqs),
+            enforce_eager: self.enforce_eager,
             packed_cache: self.packed_cache.clone(),
             enable_prefix_caching: self.enable_prefix_caching || !self.no_enable_prefix_caching,
             ..default

@@ -85,8 +85,8 @@ impl ModelRunner for StandIn {
         Ok(())
     }
 
-    fn argmax(&self) -> &[u32] {
-        &self.greedy
+    fn argmax(&mut self) -> Result<&[u32], RunError> {
+        Ok(&self.greedy)
     }
 
     fn for_each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<(), RunError> {

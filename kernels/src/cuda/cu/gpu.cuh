@@ -108,10 +108,13 @@ DEVICE void copy_async_wait() {
 DEVICE void atomic_add(float* p, float x) { atomicAdd(p, x); }
 DEVICE unsigned atomic_add(unsigned* p, unsigned x) { return atomicAdd(p, x); }
 DEVICE int atomic_add(int* p, int x) { return atomicAdd(p, x); }
+DEVICE unsigned long long atomic_add(unsigned long long* p, unsigned long long x) { return atomicAdd(p, x); }
 DEVICE unsigned atomic_max(unsigned* p, unsigned x) { return atomicMax(p, x); }
 DEVICE unsigned long long atomic_max(unsigned long long* p, unsigned long long x) { return atomicMax(p, x); }
 /// Orders this thread's writes before its later ones, as every thread of the device sees them.
 DEVICE void device_fence() { __threadfence(); }
+/// Loads what other blocks of this kernel have written before a fence: not from this processor's L1 cache.
+DEVICE unsigned long long load_fresh(const unsigned long long* p) { return __ldcg(p); }
 
 // ---- threads ----
 
@@ -132,6 +135,9 @@ DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 DEVICE bool warp_all(bool x) { return __all_sync(0xffffffffu, x); }
 DEVICE int count_ones(unsigned x) { return __popc(x); }
 DEVICE int first_one(unsigned x) { return __ffs((int)x) - 1; }
+
+/// The upper 64 bits of a product.
+DEVICE unsigned long long multiply_high(unsigned long long a, unsigned long long b) { return __umul64hi(a, b); }
 
 /// Four signed bytes times four, summed onto `c`.
 DEVICE int dot4(int a, int b, int c) { return __dp4a(a, b, c); }

@@ -5,4 +5,5 @@
     ("gemm_small", include_bytes!("gemm_small.fatbin")),
     ("gemm_tile", include_bytes!("gemm_tile.fatbin")),
     ("rope", include_bytes!("rope.fatbin")),
+    ("sampling", include_bytes!("sampling.fatbin")),
 ]

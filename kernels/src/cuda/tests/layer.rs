@@ -3,10 +3,14 @@
 use super::{backend, get, loaded};
 use crate::cpu::{CpuBackend, CpuConfig, Isa};
 use crate::kv::{BlockId, KvLayout, KvType, SeqSpan};
-use crate::{Attention, Backend, Epilogue, GateFn, HeadShape, PartOrder, RopePairs, RopeStore, Rows, WeightType};
+use crate::{
+    Attention, Backend, Epilogue, GateFn, HeadShape, PartOrder, Pass, PassLimits, RopePairs, RopeStore, Rows,
+    WeightType,
+};
 
 /// Runs a prefill of two prompts and some decoding steps; returns the logits of all rows.
-fn run(backend: &mut dyn Backend) -> Vec<Vec<f32>> {
+/// `told` passes are announced, so that a device gets each in one copy.
+fn run(backend: &mut dyn Backend, told: bool) -> Vec<Vec<f32>> {
     // Float weights, so that the CPU does not round activations to 8 bits.
     const TY: WeightType = WeightType::Bf16;
     let shape = HeadShape { heads: 6, kv_heads: 2, head_dim: 32 };
@@ -35,6 +39,13 @@ fn run(backend: &mut dyn Backend) -> Vec<Vec<f32>> {
     let gated = backend.alloc_act(most, ffn).unwrap();
     let logits = backend.alloc_buffer(most, vocab).unwrap();
 
+    if told {
+        let windows = &[None, Some(20)];
+        let limits =
+            PassLimits { rows: most, sequences: 2, positions: 96, group: 3, windows, head: embedding, head_rows: 2 };
+        backend.reserve(&limits).unwrap();
+    }
+
     let block_table: Vec<_> = [3, 1, 6, 0, 7, 2].map(BlockId).to_vec();
     let mut all = Vec::new();
     // (rows, first position) of both sequences in each step.
@@ -48,6 +59,12 @@ fn run(backend: &mut dyn Backend) -> Vec<Vec<f32>> {
         let rows = row0 as usize;
         let tokens: Vec<u32> = (0..row0).map(|i| (i * 37 + step[0].1 * 11) % vocab as u32).collect();
         let (spans, block_table) = (&spans[..], &block_table[..]);
+        let last: Vec<u32> = spans.iter().map(|span| span.row0 + span.rows - 1).collect();
+        if told {
+            let (tokens, kept) = (&tokens[..], &last[..]);
+            let pass = Pass { tokens, spans, last_spans: spans, kept, block_table, repeated: None };
+            backend.begin_pass(&pass).unwrap();
+        }
         backend.embed(embedding, &tokens, 1.5, x).unwrap();
         for (layer, &(qkv_w, o_w, gate_up_w, down_w)) in weights.iter().enumerate() {
             backend.rms_norm(x, Rows::First(rows), norm, qkv_w, normed).unwrap();
@@ -65,14 +82,13 @@ fn run(backend: &mut dyn Backend) -> Vec<Vec<f32>> {
             backend.gate_up(normed, rows, gate_up_w, GateFn::Silu, down_w, gated).unwrap();
             backend.linear(gated, rows, down_w, Epilogue::Add, x).unwrap();
         }
-        let last: Vec<u32> = spans.iter().map(|span| span.row0 + span.rows - 1).collect();
         backend.keep_rows(x, &last).unwrap();
         backend.rms_norm(x, Rows::First(last.len()), norm, embedding, normed).unwrap();
         backend.linear(normed, last.len(), embedding, Epilogue::Store, logits).unwrap();
         all.extend(get(backend, logits, last.len()));
-        let mut best = Vec::new();
-        backend.linear_argmax(normed, last.len(), embedding, &mut best).unwrap();
-        for (row, &best) in all[all.len() - last.len()..].iter().zip(&best) {
+        backend.linear_argmax(normed, last.len(), embedding, 0).unwrap();
+        let best = backend.argmaxes(last.len()).unwrap();
+        for (row, &best) in all[all.len() - last.len()..].iter().zip(best) {
             assert!(row.iter().all(|&x| x <= row[best as usize]));
         }
     }
@@ -82,10 +98,18 @@ fn run(backend: &mut dyn Backend) -> Vec<Vec<f32>> {
 #[test]
 fn a_decoder_gives_the_logits_of_the_cpu() {
     let mut cpu = CpuBackend::new(CpuConfig { threads: Some(1), isa: Some(Isa::Scalar) }).unwrap();
-    let (expected, got) = (run(&mut cpu), run(&mut backend()));
+    let (expected, got) = (run(&mut cpu, false), run(&mut backend(), false));
     for (row, (got, expected)) in got.iter().zip(&expected).enumerate() {
         let size = (expected.iter().map(|x| x * x).sum::<f32>() / expected.len() as f32).sqrt();
         let off = (got.iter().zip(expected).map(|(a, b)| (a - b).powi(2)).sum::<f32>() / got.len() as f32).sqrt();
         assert!(off <= 0.02 * size, "row {row}: off by {off} of {size}");
     }
+}
+
+#[test]
+fn a_pass_that_is_told_is_one_copy_and_changes_no_bit() {
+    let (mut told, mut plain) = (backend(), backend());
+    assert_eq!(run(&mut told, true), run(&mut plain, false));
+    assert_eq!(told.copies(), 4, "one for each step");
+    assert!(plain.copies() > 4);
 }

@@ -6,9 +6,11 @@
 
 mod attention;
 mod layer;
+mod passes;
 mod products;
 mod rope;
 mod rows;
+mod sampling;
 mod speed;
 
 use std::sync::Mutex;

@@ -11,8 +11,8 @@ use super::{CudaBackend, backend};
 use crate::cpu::tests::noise;
 use crate::kv::{BLOCK_SIZE, BlockId, KvLayout, KvType, SeqSpan};
 use crate::{
-    ActId, Attention, Backend, Epilogue, HeadShape, LinearId, PartOrder, RopePairs, RopeStore, Rows, WeightPart,
-    WeightType,
+    ActId, Attention, Backend, Draw, DrawRows, Epilogue, HeadShape, LinearId, PartOrder, RopePairs, RopeStore, Rows,
+    WeightPart, WeightType,
 };
 
 /// Divisor of sizes, and how often an op is repeated for a measurement.
@@ -151,5 +151,43 @@ fn attention() {
                 flops / time / 1e12
             );
         }
+    }
+}
+
+#[test]
+#[ignore = "measures a GPU"]
+fn sampling() {
+    let (divisor, repeats) = scale(&backend());
+    let vocab = 128_256 / divisor;
+    let seen: Vec<_> = (0..1000.min(vocab as u32)).map(|token| (token, token % 3)).collect();
+    let plain = Draw { temperature: 0.8, uniform: 0.5, ..Draw::GREEDY };
+    let kinds = [
+        ("temperature", plain),
+        ("top_p 0.95", Draw { top_p: 0.95, ..plain }),
+        ("top_k 50", Draw { top_k: 50, ..plain }),
+        ("top_k 50, top_p 0.9, min_p", Draw { top_k: 50, top_p: 0.9, min_p: 0.05, ..plain }),
+        ("greedy, 1000 penalties", Draw { seen: &seen, presence_penalty: 0.5, ..Draw::GREEDY }),
+    ];
+    println!("{:<28} {:>10} {:>6} {:>10}", "sampling", "vocabulary", "rows", "us");
+    for rows in [1, 32, 64] {
+        let mut backend = backend();
+        let logits = backend.alloc_buffer(rows, vocab).unwrap();
+        let sampler = backend.alloc_sampler(rows, vocab).unwrap().unwrap();
+        // As a model's: a few hundred tokens have nearly all of the probability.
+        let logit = |row: usize, col: usize| -(noise(row * 131_071 + col).abs() + 1e-6).ln() * 2.0;
+        let mut print = |name: &str, work: &mut dyn FnMut(&mut CudaBackend)| {
+            super::set(&mut backend, logits, rows, logit);
+            let time = seconds(&mut backend, repeats, |backend, _| work(backend));
+            println!("{name:<28} {vocab:>10} {rows:>6} {:>10.1}", time * 1e6);
+        };
+        for (name, draw) in kinds {
+            let draws: Vec<_> = (0..rows as u32).map(|row| (row, draw)).collect();
+            let mut out = Vec::new();
+            let op = DrawRows { sampler, logits, softcap: None, draws: &draws };
+            print(name, &mut |backend| backend.draw(op, &mut out).unwrap());
+        }
+        print("all logits to the host", &mut |backend| {
+            backend.take_rows(logits, Rows::First(rows), &|_, _| ()).unwrap();
+        });
     }
 }

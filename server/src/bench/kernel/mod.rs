@@ -43,6 +43,8 @@ pub struct Options {
     pub chunk: usize,
     /// What keys and values are stored as.
     pub kv_type: KvType,
+    /// Submit every op of a step by itself, on a device that could record steps.
+    pub eager: bool,
 }
 
 /// One test.
@@ -102,12 +104,22 @@ pub struct Measured {
     pub chunk: usize,
     /// Time of each run.
     pub samples: Vec<Duration>,
+    /// Bytes that a step of a generation test reads, on average.
+    pub step_bytes: Option<u64>,
+    /// Bytes that the device moves in a second, measured before the tests: read on the CPU, copied on others.
+    pub bandwidth: Option<f64>,
 }
 
 impl Measured {
     /// Tokens a second, one value a run.
     pub fn rates(&self) -> Vec<f64> {
         self.samples.iter().map(|time| self.test.tokens() as f64 / time.as_secs_f64()).collect()
+    }
+
+    /// Bytes read per second in the median run of a generation test, as a share of [`Measured::bandwidth`].
+    pub fn bandwidth_share(&self) -> Option<f64> {
+        let steps = self.summary().2 / self.test.sequences as f64;
+        Some(self.step_bytes? as f64 * steps / self.bandwidth?)
     }
 
     /// Mean, sample standard deviation and median of [`Measured::rates`].
@@ -141,6 +153,7 @@ impl Options {
         let most = |of: fn(&Test) -> usize| tests.iter().map(of).max().unwrap_or(1);
         DecoderLimits {
             max_batch_tokens: self.chunk.max(most(|test| test.sequences)),
+            max_seqs: most(|test| test.sequences),
             kv_blocks: most(|test| test.sequences * test.blocks_per_sequence()),
             kv_type: self.kv_type,
             max_model_len: most(Test::positions),
@@ -155,11 +168,16 @@ impl Options {
 pub fn run(
     model: &Model,
     options: &Options,
-    (backend, threads): (Box<dyn Backend>, usize),
+    (mut backend, threads): (Box<dyn Backend>, usize),
     watch: &mut dyn FnMut(&Test),
 ) -> cupola_models::Result<Vec<Measured>> {
     let tests = options.tests();
-    let decoder = Decoder::load(model, backend, options.limits(&tests), &mut |_, _| {})?;
+    // Before the model takes the memory; where there is too little, the tests can still be measured.
+    let bandwidth = backend.bandwidth().ok();
+    let mut decoder = Decoder::load(model, backend, options.limits(&tests), &mut |_, _| {})?;
+    if !options.eager {
+        decoder.record_passes(&mut |_, _| {})?;
+    }
     let vocab = decoder.spec().vocab;
     let mut runner =
         Runner { decoder, batch: Batch::default(), random: Random::new(0, 0), vocab, chunk: options.chunk };
@@ -171,7 +189,11 @@ pub fn run(
         if options.kv_type != KvType::default() {
             backend.push_str(&format!(", {} kv", options.kv_type.name()));
         }
-        measured.push(Measured { test, threads, backend, chunk: options.chunk, samples });
+        if options.eager && runner.decoder.is_asynchronous() {
+            backend.push_str(", eager");
+        }
+        let step_bytes = runner.step_bytes(&test);
+        measured.push(Measured { test, threads, backend, chunk: options.chunk, samples, step_bytes, bandwidth });
     }
     Ok(measured)
 }
@@ -217,6 +239,13 @@ impl Runner {
         Ok(samples)
     }
 
+    /// Bytes that a step of a generation test reads, on average.
+    fn step_bytes(&self, test: &Test) -> Option<u64> {
+        let lengths = test.depth + 1..test.depth + test.generation + 1;
+        let steps = u64::try_from(lengths.len()).ok().filter(|steps| *steps > 0)?;
+        Some(lengths.map(|length| self.decoder.step_bytes(test.sequences, length)).sum::<u64>() / steps)
+    }
+
     fn random_tokens(&mut self, count: usize) -> Vec<u32> {
         (0..count).map(|_| u32::try_from(self.random.below(self.vocab)).expect("token ids are below 2^32")).collect()
     }
@@ -235,6 +264,8 @@ impl Runner {
             self.decoder.forward(&self.batch)?;
             position = end;
         }
+        // Until the last chunk is computed.
+        self.decoder.argmax()?;
         Ok(())
     }
 
@@ -249,7 +280,7 @@ impl Runner {
                 self.batch.outputs.push(row);
             }
             self.decoder.forward(&self.batch)?;
-            tokens.copy_from_slice(self.decoder.argmax());
+            tokens.copy_from_slice(self.decoder.argmax()?);
         }
         Ok(())
     }
@@ -268,6 +299,7 @@ mod tests {
             repetitions: 3,
             chunk: 64,
             kv_type: KvType::F16,
+            eager: false,
         }
     }
 

@@ -21,8 +21,9 @@ pub enum Format {
     Csv,
 }
 
-/// Columns of [`Format::Csv`], keys of the JSON rows.
-const COLUMNS: [&str; 15] = [
+/// Columns of [`Format::Csv`], keys of the JSON rows. The last three are our own, empty where there is no such number: bytes
+/// that a step of a generation test reads, bytes that the device moves in a second, and the share of these that was reached.
+const COLUMNS: [&str; 18] = [
     "test",
     "model_filename",
     "model_type",
@@ -38,6 +39,9 @@ const COLUMNS: [&str; 15] = [
     "avg_ts",
     "stddev_ts",
     "median_ts",
+    "step_bytes",
+    "bandwidth",
+    "bandwidth_share",
 ];
 
 /// Writes all results; `test_time` is the start of the run in ISO 8601.
@@ -95,6 +99,9 @@ fn row(model: &ModelInfo, result: &Measured, test_time: &str) -> Value {
         "avg_ts": mean_rate,
         "stddev_ts": std_rate,
         "median_ts": median_rate,
+        "step_bytes": result.step_bytes,
+        "bandwidth": result.bandwidth.map(f64::round),
+        "bandwidth_share": result.bandwidth_share(),
         "samples_ns": result.samples.iter().map(|time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)).collect::<Vec<_>>(),
         "samples_ts": result.rates(),
     })
@@ -110,8 +117,9 @@ fn csv_cell(value: &Value) -> String {
 }
 
 fn markdown(out: &mut dyn Write, model: &ModelInfo, results: &[Measured]) -> std::io::Result<()> {
-    let heading = ["model", "size", "params", "backend", "threads", "test", "t/s", "median"];
-    let rows: Vec<[String; 8]> = results
+    let heading =
+        ["model", "size", "params", "backend", "threads", "test", "t/s", "median", "read a step", "bandwidth"];
+    let rows: Vec<[String; 10]> = results
         .iter()
         .map(|result| {
             let (mean_rate, std_rate, median_rate) = result.summary();
@@ -124,15 +132,17 @@ fn markdown(out: &mut dyn Write, model: &ModelInfo, results: &[Measured]) -> std
                 result.test.name(),
                 format!("{mean_rate:.2} ± {std_rate:.2}"),
                 format!("{median_rate:.2}"),
+                result.step_bytes.map_or_else(String::new, |bytes| crate::cli::size::Bytes(bytes).to_string()),
+                result.bandwidth_share().map_or_else(String::new, |share| format!("{:.0} %", 100.0 * share)),
             ]
         })
         .collect();
-    let widths: [usize; 8] = std::array::from_fn(|column| {
+    let widths: [usize; 10] = std::array::from_fn(|column| {
         let cells = rows.iter().map(|row| row[column].chars().count());
         cells.chain([heading[column].len()]).max().unwrap_or(0)
     });
-    let line = |cells: [&str; 8]| {
-        let padded: Vec<String> = (0..8)
+    let line = |cells: [&str; 10]| {
+        let padded: Vec<String> = (0..10)
             .map(|column| match column {
                 0 | 3 => format!(" {:<width$} |", cells[column], width = widths[column]),
                 _ => format!(" {:>width$} |", cells[column], width = widths[column]),
@@ -141,7 +151,7 @@ fn markdown(out: &mut dyn Write, model: &ModelInfo, results: &[Measured]) -> std
         format!("|{}", padded.concat())
     };
     writeln!(out, "{}", line(heading))?;
-    let rule: Vec<String> = (0..8)
+    let rule: Vec<String> = (0..10)
         .map(|column| match column {
             0 | 3 => format!(" {}|", "-".repeat(widths[column] + 1)),
             _ => format!(" {}:|", "-".repeat(widths[column])),
@@ -174,6 +184,8 @@ mod tests {
             backend: "CPU, 2 threads".to_owned(),
             chunk: 512,
             samples: millis.map(Duration::from_millis).to_vec(),
+            step_bytes: (test.generation > 0).then_some(3 << 20),
+            bandwidth: Some(4e9),
         };
         vec![
             measured(Test { prompt: 512, generation: 0, depth: 0, sequences: 1 }, [500, 256]),
@@ -205,8 +217,9 @@ mod tests {
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 4, "{text}");
         assert!(lines.iter().all(|line| line.chars().count() == lines[0].chars().count()), "{text}");
-        assert!(lines[2].contains("pp512 | 1512.00 ± 690.14 | 1512.00 |"), "{text}");
-        assert!(lines[3].contains("tg128 b4 @ d64 |    512.00 ± 0.00 |  512.00 |"), "{text}");
+        assert!(lines[2].contains("pp512 | 1512.00 ± 690.14 | 1512.00 |             |           |"), "{text}");
+        // 128 steps a second.
+        assert!(lines[3].contains("tg128 b4 @ d64 |    512.00 ± 0.00 |  512.00 |     3.0 MiB |      10 % |"), "{text}");
     }
 
     #[test]
@@ -216,6 +229,8 @@ mod tests {
         assert_eq!(rows[0]["median_ts"], 1512.0);
         assert_eq!(rows[1]["samples_ns"], json!([1_000_000_000u64, 1_000_000_000u64]));
         assert_eq!(rows[1]["n_seqs"], 4);
+        assert_eq!((&rows[0]["step_bytes"], &rows[1]["step_bytes"]), (&Value::Null, &json!(3 << 20)));
+        assert!((rows[1]["bandwidth_share"].as_f64().expect("a number") - 0.1007).abs() < 1e-4);
         assert_eq!(rows[1]["model_filename"], "tiny.gguf");
         assert_eq!(text(Format::JsonLines).lines().count(), 2);
     }
