@@ -50,7 +50,14 @@ impl Engine {
         };
         let backend = match (device, &config.packed_cache) {
             (Device::Cpu(cpu), Some(folder)) => cpu_with_packed_file(*cpu, folder, model)?,
-            _ => device.backend()?,
+            (_, Some(_)) => {
+                tracing::warn!(
+                    device = device.name(),
+                    "packed weights are kept for the CPU alone: the model's files are read"
+                );
+                device.backend()?
+            }
+            (_, None) => device.backend()?,
         };
         let mut watch = |layer, layers| tracing::trace!(layer, layers, "weights packed");
         let decoder = Decoder::load(model, backend, limits, &mut watch).map_err(|error| match error {

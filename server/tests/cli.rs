@@ -182,6 +182,10 @@ fn help_is_success_and_a_wrong_flag_is_2() {
     for args in [&[][..], &["fly"], &["serve", "--no-such-flag"], &["bench", "kernel", "-p", "0", "-n", "0"]] {
         assert_eq!(run(args).status.code(), Some(2), "{args:?}");
     }
+    let made_up = run(&["run", "llama-3.2-1b", "hello", "--load-format", "dummy", "--packed-cache", "anywhere"]);
+    let said = text(&made_up.stderr);
+    assert_eq!(made_up.status.code(), Some(2), "{said}");
+    assert!(said.contains("--packed-cache") && said.contains("--load-format dummy"), "{said}");
 }
 
 #[test]

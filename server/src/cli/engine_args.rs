@@ -80,7 +80,7 @@ pub(crate) struct EngineArgs {
     /// Worker threads [default: one a physical core this process may use]
     #[arg(long, short = 't', value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Keep packed weights in this folder, and map them at the next start instead of packing them again
+    /// Keep packed weights in this folder (CPU only), and map them at the next start instead of packing them again
     #[arg(long, value_name = "DIR")]
     packed_cache: Option<PathBuf>,
     /// A Jinja chat template to use instead of the model's own
@@ -101,6 +101,11 @@ pub(crate) enum LoadFormat {
 impl EngineArgs {
     /// Finds the model and opens it, or makes it up.
     pub(crate) fn open(&self, model: &str) -> Result<(Resolved, Model), Error> {
+        if self.packed_cache.is_some() && self.load_format == LoadFormat::Dummy {
+            let what =
+                "--packed-cache keeps the weights of files, and --load-format dummy has none: leave one of them out";
+            return Err(Error::Usage(what.into()));
+        }
         open_as(model, self.load_format)
     }
 

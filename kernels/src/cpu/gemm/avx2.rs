@@ -241,31 +241,34 @@ fn unpacked<B: Packed, const P: usize, const I: usize>(
     for (i, unit) in panel.iter().enumerate() {
         for b in 0..B::BLOCKS {
             for half in 0..2 {
-                unpack(unit, b, half, &mut strips[half * blocks + i * B::BLOCKS + b]);
+                let block = i * B::BLOCKS + b;
+                // Side by side where both are multiplied at once, one after the other where not.
+                let place = if one_run::<B>() { 2 * block + half } else { half * blocks + block };
+                unpack(unit, b, half, &mut strips[place]);
             }
         }
     }
-    let (low, high) = cast::<Strip<P, I>>(scratch).split_at(blocks);
+    let strips = cast::<Strip<P, I>>(scratch);
     // The next panel arrives while this one is multiplied with the first tile.
     let mut this = Some(panel);
     if one_run::<B>() {
         for tile in rows.tiles() {
-            strip_tiles::<B, P, I, 2>([low, high], (0, this.take()), (rows, tile), out);
+            strip_tiles::<B, P, I, 2>(strips.as_chunks().0, (0, this.take()), (rows, tile), out);
         }
     } else {
-        for (half, strip) in [low, high].into_iter().enumerate() {
+        for (half, strip) in strips.chunks_exact(blocks).enumerate() {
             for tile in rows.tiles() {
-                strip_tiles::<B, P, I, 1>([strip], (half, this.take()), (rows, tile), out);
+                strip_tiles::<B, P, I, 1>(strip.as_chunks().0, (half, this.take()), (rows, tile), out);
             }
         }
     }
 }
 
-/// Multiplies `H` strips, from `first` on, with one tile; asks meanwhile for what follows the panel, when it is given.
+/// Multiplies `H` strips side by side, from `first` on, with one tile; asks meanwhile for what follows the panel, when it is given.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn strip_tiles<B: Packed, const P: usize, const I: usize, const H: usize>(
-    strips: [&[Strip<P, I>]; H],
+    strips: &[[Strip<P, I>; H]],
     first: (usize, Option<&[B]>),
     (rows, tile): (Group<'_>, Tile),
     out: &mut [Lanes],
@@ -298,23 +301,25 @@ fn unpack<B: Packed, const P: usize, const I: usize>(unit: &B, b: usize, half: u
 #[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn strip_tile<B: Packed, const P: usize, const I: usize, const H: usize, const N: usize>(
-    strips: [&[Strip<P, I>]; H],
+    strips: &[[Strip<P, I>; H]],
     (first, panel): (usize, Option<&[B]>),
     acts: TileActs<'_, N>,
     out: &mut [Lanes; N],
 ) {
     let mut acc = [[_mm256_setzero_ps(); H]; N];
-    let strips = strips.map(|strip| &strip[..acts.quants.len()]);
-    for (i, (quants, ([d_x, s_x], x_sums))) in acts.quants.iter().zip(acts.scales.iter().zip(acts.sums)).enumerate() {
+    let acts = acts.quants.iter().zip(acts.scales.iter().zip(acts.sums));
+    for (i, (strips, (quants, ([d_x, s_x], x_sums)))) in strips.iter().zip(acts).enumerate() {
         if let Some(panel) = panel {
             prefetch(&panel[i / B::BLOCKS], i % B::BLOCKS, size_of_val(panel));
         }
-        let scales = strips.map(|strip| strip_scales(&strip[i]));
-        let codes =
-            |j: usize, h: usize| [load_bytes(&strips[h][i].codes[0][j]), load_bytes(&strips[h][i].codes[P - 1][j])];
+        let mut scales = [[_mm256_setzero_si256(); 2]; H];
+        for (scales, strip) in scales.iter_mut().zip(strips) {
+            *scales = strip_scales(strip);
+        }
+        let codes = |j: usize, h: usize| [load_bytes(&strips[h].codes[0][j]), load_bytes(&strips[h].codes[P - 1][j])];
         let sums = dots::<B, N, H>(codes, scales, quants);
         for h in 0..H {
-            let block = &strips[h][i];
+            let block = &strips[h];
             let pairs = block.ints.get(2).map_or_else(|| _mm256_setzero_si256(), |pairs| load_ints(pairs));
             let w = Factors { d: load_f32(&block.d), offset: load_f32(&block.offset), scales: scales[h], pairs };
             for n in 0..N {
