@@ -39,7 +39,12 @@ pub(crate) struct V(pub(crate) __m256, pub(crate) __m256);
 pub(crate) struct I(__m256i, __m256i);
 
 // Two accumulators per row: 6 rows take 12 of the 16 registers, two more hold the operand, one the broadcast.
-forward_simd!(Avx2, V, I, 6, ops,
+forward_simd!(
+    Avx2,
+    V,
+    I,
+    6,
+    ops,
     #[inline(always)]
     fn fma_f16<const R: usize>(self, halves: &[u16; LANES], factors: &[f32; R], sums: &mut [V; R]) {
         if R == 3 {
