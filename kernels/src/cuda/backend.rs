@@ -160,7 +160,7 @@ impl CudaBackend {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, target_os = "linux", target_arch = "x86_64"))]
 impl CudaBackend {
     /// Waits until all submitted work is done.
     pub(super) fn synchronize(&self) {

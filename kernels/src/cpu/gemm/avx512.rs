@@ -3,14 +3,19 @@
 //! One 64-byte word of a packed panel is one register, so 16 weight rows by up to 8 activation rows take 8 words, 8 sums
 //! and 8 f32 accumulators of the 32 registers; activations come as 4-byte broadcasts from memory, which the dot product
 //! takes as an operand. Where a row has a scale for each 16 columns, the sums of both are kept apart until they are scaled.
+//! What a type's zero asks for is one more dot product, of 16-bit pairs with the sums of both 16 columns.
+//!
+//! Codes are unpacked in registers for every tile: next to the 64 dot products of a full tile and block, its dozen
+//! instructions do not pay for a pass through memory as they do with AVX2.
 
 use std::arch::x86_64::{
-    __m128i, __m512, __m512i, _mm_loadu_si128, _mm256_loadu_si256, _mm512_add_epi32, _mm512_and_si512,
-    _mm512_broadcast_i32x4, _mm512_cvtepi8_epi32, _mm512_cvtepi16_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32,
-    _mm512_cvtph_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_mullo_epi32,
-    _mm512_or_si512, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512,
-    _mm512_shuffle_epi8, _mm512_slli_epi16, _mm512_slli_epi32, _mm512_srai_epi32, _mm512_srli_epi16, _mm512_srli_epi32,
-    _mm512_storeu_ps, _mm512_sub_epi32, _mm512_sub_ps,
+    __m128i, __m256i, __m512, __m512i, _mm_loadu_si128, _mm256_loadu_si256, _mm512_add_epi32, _mm512_and_si512,
+    _mm512_broadcast_i32x4, _mm512_cvtepi8_epi16, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi16,
+    _mm512_cvtepu8_epi32, _mm512_cvtph_ps, _mm512_dpbusd_epi32, _mm512_dpwssd_epi32, _mm512_fmadd_ps,
+    _mm512_loadu_si512, _mm512_mul_ps, _mm512_mullo_epi16, _mm512_mullo_epi32, _mm512_or_si512, _mm512_set1_epi8,
+    _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_epi8,
+    _mm512_slli_epi16, _mm512_slli_epi32, _mm512_srai_epi32, _mm512_srli_epi16, _mm512_srli_epi32, _mm512_storeu_ps,
+    _mm512_sub_ps,
 };
 
 use super::{Group, IntDot, Lanes, PREFETCH, TileActs, exact, prefetch};
@@ -30,26 +35,30 @@ impl IntDot for Avx512 {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn any_rows<B: Packed>(panel: &[B], rows: Group<'_>, out: &mut [Lanes]) {
+    // Few rows use a panel up as fast as it comes; with more, the next panel arrives while this one is multiplied with the
+    // first tile.
+    let mut ahead = Some(if rows.len() < Avx512::TILE_ROWS { PREFETCH } else { size_of_val(panel) });
     for tile in rows.tiles() {
         let out = &mut out[tile.row - rows.first..][..tile.len];
+        let ahead = ahead.take();
         match tile.len {
-            8 => tile_of::<B, 8>(panel, rows.acts(tile), exact(out)),
-            4 => tile_of::<B, 4>(panel, rows.acts(tile), exact(out)),
-            2 => tile_of::<B, 2>(panel, rows.acts(tile), exact(out)),
-            _ => tile_of::<B, 1>(panel, rows.acts(tile), exact(out)),
+            8 => tile_of::<B, 8>(panel, ahead, rows.acts(tile), exact(out)),
+            4 => tile_of::<B, 4>(panel, ahead, rows.acts(tile), exact(out)),
+            2 => tile_of::<B, 2>(panel, ahead, rows.acts(tile), exact(out)),
+            _ => tile_of::<B, 1>(panel, ahead, rows.acts(tile), exact(out)),
         }
     }
 }
 
-/// Multiplies a panel with one tile.
+/// Multiplies a panel with one tile; asks meanwhile for what lies so many bytes `ahead`.
 #[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-fn tile_of<B: Packed, const N: usize>(panel: &[B], acts: TileActs<'_, N>, out: &mut [Lanes; N]) {
+fn tile_of<B: Packed, const N: usize>(panel: &[B], ahead: Option<usize>, acts: TileActs<'_, N>, out: &mut [Lanes; N]) {
     let mut acc = [_mm512_setzero_ps(); N];
     for (unit, acts) in panel.iter().zip(acts.split(B::BLOCKS)) {
         for b in 0..B::BLOCKS {
-            if N <= 4 {
-                prefetch(unit, b, PREFETCH);
+            if let Some(ahead) = ahead {
+                prefetch(unit, b, ahead);
             }
             let (x, [d_x, s_x], x_sums) = (&acts.quants[b], acts.scales[b], &acts.sums[b]);
             let w = words(unit.codes(b));
@@ -65,15 +74,14 @@ fn tile_of<B: Packed, const N: usize>(panel: &[B], acts: TileActs<'_, N>, out: &
                 }
             }
             for n in 0..N {
-                let x_sums = x_sums[n].map(i32::from);
-                let sum = scaled::<B>(low[n], high[n], &factors, x_sums);
+                let sum = scaled::<B>(low[n], high[n], &factors, x_sums[n]);
                 let scale = _mm512_mul_ps(factors.d, _mm512_set1_ps(d_x[n]));
                 acc[n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc[n]);
                 acc[n] = match B::SHAPE.zero {
                     ZeroKind::Float => _mm512_fmadd_ps(factors.offset, _mm512_set1_ps(s_x[n]), acc[n]),
                     ZeroKind::Codes => acc[n],
                     ZeroKind::Mins => {
-                        let mins = times_sums(factors.ints, x_sums);
+                        let mins = _mm512_dpwssd_epi32(_mm512_setzero_si512(), factors.pairs, both_sums(x_sums[n]));
                         let scale = _mm512_mul_ps(factors.offset, _mm512_set1_ps(d_x[n]));
                         _mm512_fmadd_ps(_mm512_cvtepi32_ps(mins), scale, acc[n])
                     }
@@ -94,40 +102,39 @@ struct Factors {
     offset: __m512,
     /// Of the first and the last 16 columns.
     scales: [__m512i; 2],
-    /// Mins of both 16 columns, for [`ZeroKind::Mins`].
-    ints: [__m512i; 2],
-    /// The code of zero, for [`ZeroKind::Codes`].
-    code: i32,
+    /// 16-bit pairs for the sums of both 16 columns, for all but [`ZeroKind::Float`].
+    pairs: __m512i,
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx2,f16c")]
 fn factors<B: Packed>(unit: &B, b: usize) -> Factors {
     let d = load_halves(unit.d());
-    let none = [_mm512_setzero_si512(); 2];
-    let nibble = _mm512_set1_epi32(15);
-    let (scales, mut ints) = match unit.scales(b) {
-        Scales::One => (none, none),
-        Scales::Each(scales) => ([_mm512_cvtepi8_epi32(load_16(&scales.map(i8::cast_unsigned))); 2], none),
+    let none = _mm512_setzero_si512();
+    let (scales, mut pairs) = match unit.scales(b) {
+        Scales::One => ([none; 2], none),
+        Scales::Each(scales) => {
+            let scales = _mm512_cvtepi8_epi32(load_16(&scales.map(i8::cast_unsigned)));
+            let low = _mm512_and_si512(scales, _mm512_set1_epi32(0xffff));
+            ([scales; 2], _mm512_or_si512(low, _mm512_slli_epi32::<16>(scales)))
+        }
         Scales::Halves(scales) => {
-            // Pairs of bytes as 16 bits, then as 32: the first scale is the low byte, the second the high one.
-            let pairs = load_pairs(&scales.map(|pair| pair.map(i8::cast_unsigned)));
-            let first = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(pairs));
-            ([first, _mm512_srai_epi32::<8>(pairs)], none)
+            let pairs = _mm512_cvtepi8_epi16(load_pairs(&scales.map(|pair| pair.map(i8::cast_unsigned))));
+            let first = _mm512_srai_epi32::<16>(_mm512_slli_epi32::<16>(pairs));
+            ([first, _mm512_srai_epi32::<16>(pairs)], pairs)
         }
         Scales::LowNibbles(packed) => {
-            let pairs = load_pairs(packed);
-            let part = [pairs, _mm512_srli_epi32::<8>(pairs)];
-            let mins = part.map(|part| _mm512_and_si512(_mm512_srli_epi32::<4>(part), nibble));
-            (part.map(|part| _mm512_and_si512(part, nibble)), mins)
+            let bytes = _mm512_cvtepu8_epi16(load_pairs(packed));
+            let nibble = _mm512_set1_epi32(15);
+            let scales = [bytes, _mm512_srli_epi32::<16>(bytes)].map(|part| _mm512_and_si512(part, nibble));
+            (scales, _mm512_srli_epi16::<4>(bytes))
         }
     };
     let negative = |halves: &[u16; PANEL]| _mm512_sub_ps(_mm512_setzero_ps(), load_halves(halves));
-    let mut code = 0;
     let offset = match unit.zero(b) {
         Zero::Code(z) if B::SHAPE.scales == 0 => _mm512_mul_ps(d, _mm512_set1_ps(-f32::from(z))),
         Zero::Code(z) => {
-            code = i32::from(z);
+            pairs = _mm512_mullo_epi16(pairs, _mm512_set1_epi16(-i16::from(z)));
             _mm512_setzero_ps()
         }
         Zero::Add(m) => load_halves(m),
@@ -136,35 +143,32 @@ fn factors<B: Packed>(unit: &B, b: usize) -> Factors {
         }
         Zero::HighNibbles(dmin, _) => negative(dmin),
     };
-    if B::SHAPE.zero != ZeroKind::Mins {
-        ints = none;
-    }
-    Factors { d, offset, scales, ints, code }
+    Factors { d, offset, scales, pairs }
 }
 
 /// The integer sum of a block from its two chains: scaled, and with zero where the type has it.
 #[inline]
-#[target_feature(enable = "avx512f")]
-fn scaled<B: Packed>(low: __m512i, high: __m512i, factors: &Factors, x_sums: [i32; 2]) -> __m512i {
-    if B::SHAPE.scales < 2 {
-        let sum = _mm512_add_epi32(low, high);
-        if B::SHAPE.scales == 0 {
-            return sum;
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn scaled<B: Packed>(low: __m512i, high: __m512i, factors: &Factors, x_sums: [i16; 2]) -> __m512i {
+    let sum = match B::SHAPE.scales {
+        0 => _mm512_add_epi32(low, high),
+        1 => _mm512_mullo_epi32(_mm512_add_epi32(low, high), factors.scales[0]),
+        _ => {
+            let [low, high] = [(low, 0), (high, 1)].map(|(sum, half)| _mm512_mullo_epi32(sum, factors.scales[half]));
+            _mm512_add_epi32(low, high)
         }
-        let zero = _mm512_set1_epi32(factors.code * (x_sums[0] + x_sums[1]));
-        return _mm512_mullo_epi32(_mm512_sub_epi32(sum, zero), factors.scales[0]);
+    };
+    match B::SHAPE.zero {
+        ZeroKind::Codes => _mm512_dpwssd_epi32(sum, factors.pairs, both_sums(x_sums)),
+        ZeroKind::Float | ZeroKind::Mins => sum,
     }
-    let low = _mm512_sub_epi32(low, _mm512_set1_epi32(factors.code * x_sums[0]));
-    let high = _mm512_sub_epi32(high, _mm512_set1_epi32(factors.code * x_sums[1]));
-    _mm512_add_epi32(_mm512_mullo_epi32(low, factors.scales[0]), _mm512_mullo_epi32(high, factors.scales[1]))
 }
 
-/// `ints[0] * x_sums[0] + ints[1] * x_sums[1]`
+/// Both sums of an activation block in every lane.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn times_sums(ints: [__m512i; 2], x_sums: [i32; 2]) -> __m512i {
-    let [low, high] = x_sums.map(|sum| _mm512_set1_epi32(sum));
-    _mm512_add_epi32(_mm512_mullo_epi32(ints[0], low), _mm512_mullo_epi32(ints[1], high))
+fn both_sums([low, high]: [i16; 2]) -> __m512i {
+    _mm512_set1_epi32(i32::from(low) & 0xffff | i32::from(high) << 16)
 }
 
 /// The block's codes as bytes: word `j` holds columns `4j..4j + 4`.
@@ -298,11 +302,10 @@ fn load_16(bytes: &[u8; 16]) -> __m128i {
     unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
 }
 
-/// Pairs of bytes of 16 rows, as signed 16-bit numbers in 32.
+/// Pairs of bytes of 16 rows.
 #[inline]
 #[target_feature(enable = "avx512f,avx2")]
-fn load_pairs(pairs: &[[u8; 2]; PANEL]) -> __m512i {
+fn load_pairs(pairs: &[[u8; 2]; PANEL]) -> __m256i {
     // SAFETY: the array holds 32 bytes; the load needs no alignment.
-    let pairs = unsafe { _mm256_loadu_si256(pairs.as_ptr().cast()) };
-    _mm512_cvtepi16_epi32(pairs)
+    unsafe { _mm256_loadu_si256(pairs.as_ptr().cast()) }
 }

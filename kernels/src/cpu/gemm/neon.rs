@@ -2,18 +2,22 @@
 //!
 //! Codes of up to 6 bits are signed bytes as they are. Codes of 8 bits get a sign by flipping the top bit, and 128 times the
 //! sum of the activations is added to the dot product, so that the integer is the same as everywhere else.
+//!
+//! The dot product takes four activations from any quarter of a register, so two loads bring a row's whole block.
 
 use std::arch::aarch64::{
-    float32x4_t, int8x16_t, int32x4_t, uint8x16_t, vaddq_s32, vandq_u8, vcvtq_f32_s32, vdupq_n_f32, vdupq_n_s32,
-    vdupq_n_u8, veorq_u8, vfmaq_f32, vld1q_f32, vld1q_s32, vld1q_u8, vmulq_f32, vmulq_n_s32, vmulq_s32, vorrq_u8,
-    vqtbl1q_u8, vreinterpretq_s8_s32, vreinterpretq_s8_u8, vshlq_n_u8, vshrq_n_u8, vst1q_f32, vsubq_s32,
+    float32x4_t, int8x16_t, int32x4_t, uint8x8_t, uint8x16_t, vaddq_s32, vandq_u8, vandq_u16, vcvtq_f32_s32,
+    vdup_n_s32, vdupq_n_f32, vdupq_n_s32, vdupq_n_u8, vdupq_n_u16, veorq_u8, vfmaq_f32, vget_low_s16, vld1_u8,
+    vld1q_f32, vld1q_s8, vld1q_u8, vmovl_s8, vmovl_s16, vmovl_u8, vmulq_f32, vmulq_n_s32, vmulq_s32, vorrq_u8,
+    vqtbl1q_u8, vreinterpret_s8_s32, vreinterpret_s8_u8, vreinterpretq_s8_u8, vreinterpretq_s32_s16,
+    vreinterpretq_s32_u16, vshlq_n_s32, vshlq_n_u8, vshrq_n_s32, vshrq_n_u8, vshrq_n_u16, vst1q_f32, vsubq_s32,
 };
 use std::arch::asm;
 
 use super::{Group, IntDot, Lanes, PREFETCH, TileActs, TileQuants, exact, prefetch};
 use crate::cpu::simd::{Neon, Simd};
 use crate::format::ggml::BLOCK;
-use crate::format::pack::{Codes, IQ4_CODES, PANEL, Packed, Word, Zero, ZeroKind};
+use crate::format::pack::{Codes, IQ4_CODES, PANEL, Packed, Scales, Word, Zero, ZeroKind};
 
 impl IntDot for Neon {
     const TILE_ROWS: usize = 4;
@@ -30,8 +34,12 @@ const QUARTERS: usize = 4;
 
 #[target_feature(enable = "neon,dotprod")]
 fn any_rows<B: Packed>(s: Neon, panel: &[B], rows: Group<'_>, out: &mut [Lanes]) {
+    // Few rows use a panel up as fast as it comes; with more, the next panel arrives while this one is multiplied with the
+    // first tile.
+    let mut ahead = Some(if rows.len() < Neon::TILE_ROWS { PREFETCH } else { size_of_val(panel) });
     for tile in rows.tiles() {
         let out = &mut out[tile.row - rows.first..][..tile.len];
+        let panel = (panel, ahead.take());
         match tile.len {
             4 => tile_of::<B, 4>(s, panel, rows.acts(tile), exact(out)),
             2 => tile_of::<B, 2>(s, panel, rows.acts(tile), exact(out)),
@@ -40,13 +48,20 @@ fn any_rows<B: Packed>(s: Neon, panel: &[B], rows: Group<'_>, out: &mut [Lanes])
     }
 }
 
-/// Multiplies a panel with one tile.
+/// Multiplies a panel with one tile; asks meanwhile for what lies so many bytes `ahead`.
 #[target_feature(enable = "neon,dotprod")]
-fn tile_of<B: Packed, const N: usize>(s: Neon, panel: &[B], acts: TileActs<'_, N>, out: &mut [Lanes; N]) {
+fn tile_of<B: Packed, const N: usize>(
+    s: Neon,
+    (panel, ahead): (&[B], Option<usize>),
+    acts: TileActs<'_, N>,
+    out: &mut [Lanes; N],
+) {
     *out = [[0.0; PANEL]; N];
     for (unit, acts) in panel.iter().zip(acts.split(B::BLOCKS)) {
         for b in 0..B::BLOCKS {
-            prefetch(unit, b, PREFETCH);
+            if let Some(ahead) = ahead {
+                prefetch(unit, b, ahead);
+            }
             let (x, [d_x, s_x], x_sums) = (&acts.quants[b], acts.scales[b], &acts.sums[b]);
             let (d, offset) = floats(s, unit, b);
             for (quarter, (d, offset)) in d.into_iter().zip(offset).enumerate() {
@@ -102,18 +117,32 @@ struct Ints {
 #[inline]
 #[target_feature(enable = "neon")]
 fn ints<B: Packed>(unit: &B, b: usize, quarter: usize) -> Ints {
-    let lanes = [0, 1, 2, 3].map(|row| quarter * 4 + row);
-    let scales = lanes.map(|lane| unit.scales(b).lane(lane).map(i32::from));
-    let scales = [0, 1].map(|half| load_i32(&scales.map(|scales| scales[half])));
-    let none = Ints { scales, mins: [vdupq_n_s32(0); 2], code: 0 };
-    match unit.zero(b) {
-        Zero::Code(z) => Ints { code: i32::from(z), ..none },
-        Zero::HighNibbles(_, packed) => {
-            let mins = [0, 1].map(|half| load_i32(&lanes.map(|lane| i32::from(packed[lane][half] >> 4))));
-            Ints { mins, ..none }
+    let none = [vdupq_n_s32(0); 2];
+    // In each half of 32 bits a number of 16: the first columns' is the low one.
+    let halves = |pairs: int32x4_t| [vshrq_n_s32::<16>(vshlq_n_s32::<16>(pairs)), vshrq_n_s32::<16>(pairs)];
+    let (scales, mut mins) = match unit.scales(b) {
+        Scales::One => (none, none),
+        Scales::Each(scales) => {
+            let four = scales.as_chunks::<4>().0[quarter].map(i8::cast_unsigned);
+            let bytes = vreinterpret_s8_s32(vdup_n_s32(i32::from_ne_bytes(four)));
+            ([vmovl_s16(vget_low_s16(vmovl_s8(bytes))); 2], none)
         }
-        Zero::Add(_) | Zero::Mins(..) => none,
+        Scales::Halves(scales) => {
+            let pairs = load_8(&scales.as_chunks::<4>().0[quarter].map(|pair| pair.map(i8::cast_unsigned)));
+            (halves(vreinterpretq_s32_s16(vmovl_s8(vreinterpret_s8_u8(pairs)))), none)
+        }
+        Scales::LowNibbles(packed) => {
+            let bytes = vmovl_u8(load_8(&packed.as_chunks::<4>().0[quarter]));
+            let low = vandq_u16(bytes, vdupq_n_u16(15));
+            let [low, high] = [low, vshrq_n_u16::<4>(bytes)].map(|pairs| halves(vreinterpretq_s32_u16(pairs)));
+            (low, high)
+        }
+    };
+    if B::SHAPE.zero != ZeroKind::Mins {
+        mins = none;
     }
+    let code = if let Zero::Code(z) = unit.zero(b) { i32::from(z) } else { 0 };
+    Ints { scales, mins, code }
 }
 
 /// The integer sum of a block from those of its 16 columns: scaled, and with zero where the type has it.
@@ -138,11 +167,17 @@ fn dots<B: Packed, const N: usize>(
     x_sums: &[[i16; 2]; N],
 ) -> [[int32x4_t; 2]; N] {
     let mut sums = [[vdupq_n_s32(0); 2]; N];
-    for j in 0..8 {
-        let group = group(codes, j, quarter);
-        let signed = if B::SHAPE.bits == 8 { veorq_u8(group, vdupq_n_u8(0x80)) } else { group };
+    for half in 0..2 {
+        let words = [0, 1, 2, 3].map(|j| {
+            let group = group(codes, 4 * half + j, quarter);
+            vreinterpretq_s8_u8(if B::SHAPE.bits == 8 { veorq_u8(group, vdupq_n_u8(0x80)) } else { group })
+        });
         for n in 0..N {
-            sums[n][j / 4] = sdot(sums[n][j / 4], vreinterpretq_s8_u8(signed), broadcast(&x[n], j));
+            let x = load_columns(&x[n], half);
+            let sum = sdot::<0>(vdupq_n_s32(0), words[0], x);
+            let sum = sdot::<1>(sum, words[1], x);
+            let sum = sdot::<2>(sum, words[2], x);
+            sums[n][half] = sdot::<3>(sum, words[3], x);
         }
     }
     if B::SHAPE.bits == 8 {
@@ -193,30 +228,32 @@ fn bits(bytes: uint8x16_t, from: usize, to: usize, mask: u8) -> uint8x16_t {
     vandq_u8(moved, vdupq_n_u8(mask))
 }
 
-/// `acc + a . b` over each group of four bytes. (The intrinsic of this name is not stable.)
+/// `acc + a . b` over each group of four bytes of `a`, with group `G` of `b`. (The intrinsic is not stable.)
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
-fn sdot(acc: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+fn sdot<const G: usize>(acc: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
     let mut sum = acc;
     // SAFETY: the instruction reads and writes only the registers named, and `dotprod` is enabled here.
     unsafe {
         asm!(
-            "sdot {sum:v}.4s, {a:v}.16b, {b:v}.16b",
+            "sdot {sum:v}.4s, {a:v}.16b, {b:v}.4b[{group}]",
             sum = inout(vreg) sum,
             a = in(vreg) a,
             b = in(vreg) b,
+            group = const G,
             options(pure, nomem, nostack, preserves_flags),
         );
     }
     sum
 }
 
-/// Columns `4j..4j + 4` of an activation block in every lane.
+/// Columns `16 * half..` of an activation block.
 #[inline]
 #[target_feature(enable = "neon")]
-fn broadcast(x: &[i8; BLOCK], j: usize) -> int8x16_t {
-    let group = x.as_chunks::<4>().0[j];
-    vreinterpretq_s8_s32(vdupq_n_s32(i32::from_ne_bytes(group.map(i8::cast_unsigned))))
+fn load_columns(x: &[i8; BLOCK], half: usize) -> int8x16_t {
+    let columns = &x.as_chunks::<16>().0[half];
+    // SAFETY: the array holds 16 bytes.
+    unsafe { vld1q_s8(columns.as_ptr()) }
 }
 
 #[inline]
@@ -241,7 +278,7 @@ fn load_f32(lanes: &[f32; 4]) -> float32x4_t {
 
 #[inline]
 #[target_feature(enable = "neon")]
-fn load_i32(lanes: &[i32; 4]) -> int32x4_t {
-    // SAFETY: the array holds 4 numbers.
-    unsafe { vld1q_s32(lanes.as_ptr()) }
+fn load_8(bytes: &[[u8; 2]; 4]) -> uint8x8_t {
+    // SAFETY: the array holds 8 bytes.
+    unsafe { vld1_u8(bytes.as_ptr().cast()) }
 }
