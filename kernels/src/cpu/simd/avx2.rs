@@ -104,6 +104,7 @@ mod ops {
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) fn fma_f16_3(halves: &[u16; LANES], factors: &[f32], sums: &mut [V]) {
         let (&[x, y, z], [a, b, c]) = (factors, sums) else { unreachable!("three rows") };
+        let (x, y, z) = (_mm256_set1_ps(x), _mm256_set1_ps(y), _mm256_set1_ps(z));
         // SAFETY: the block reads the 32 bytes of `halves` and writes registers only.
         unsafe {
             asm!(
@@ -117,9 +118,9 @@ mod ops {
                 "vfmadd231ps {c_high}, {z}, {half}",
                 halves = in(reg) halves.as_ptr(),
                 half = out(ymm_reg) _,
-                x = in(ymm_reg) _mm256_set1_ps(x),
-                y = in(ymm_reg) _mm256_set1_ps(y),
-                z = in(ymm_reg) _mm256_set1_ps(z),
+                x = in(ymm_reg) x,
+                y = in(ymm_reg) y,
+                z = in(ymm_reg) z,
                 a_low = inout(ymm_reg) a.0,
                 b_low = inout(ymm_reg) b.0,
                 c_low = inout(ymm_reg) c.0,
