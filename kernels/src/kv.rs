@@ -3,12 +3,14 @@
 //! ```text
 //!   pool    [block][layer]                      one (block, layer) is contiguous
 //!   block   [kv head][ K: group of 16 positions x dim x 16 | V: position x dim ]                 f16
-//!           [kv head][ f32 scales of 32 keys, of 32 values | K | V, in the same order ]          int8
+//!           [kv head][ f32 scales of 32 keys, of 32 values                                       int8
+//!                    | K: group of 16 positions x dim / 2 x 16 x 2 | V: position / 2 x dim x 2 ]
 //! ```
 //!
 //! Keys are stored transposed in groups of 16 positions, so that 16 scores come out of one vector without horizontal
 //! sums; values are stored position by position. As int8, a key or value of one head and position is `scale * q` with
-//! `scale = max|x| / 127`.
+//! `scale = max|x| / 127`, and the two elements that meet in one sum (two dimensions of a key, the values of two positions)
+//! are neighbours, because integer products are summed in pairs.
 
 /// Index of a block in the pool; the same in every layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

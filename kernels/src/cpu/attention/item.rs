@@ -1,7 +1,7 @@
 //! One work item from queries to results, and the folding of results that were computed apart.
 //!
 //! A worker's memory holds, for all rows of an item: queries interleaved by chunk (`[dim][row]`, so that a broadcast needs
-//! one address), the stretch's `o`, `l` and `m`, and the folded `o`, `l` and `m` of the stretches before it.
+//! one address) as factors of [`Element`], the stretch's `o`, `l` and `m`, and the folded `o`, `l` and `m` of the stretches before it.
 
 use std::marker::PhantomData;
 
@@ -76,7 +76,7 @@ impl<'a> Views<'a> {
 
 /// Floats of working memory for one worker.
 pub(super) fn work_len(head_dim: usize) -> usize {
-    MAX_ROWS * (3 * head_dim + LANES + TILE + 4)
+    MAX_ROWS * (3 * head_dim + LANES + TILE + 6)
 }
 
 /// A worker's memory, see the module documentation.
@@ -92,6 +92,10 @@ pub(super) struct Work<'a> {
     total_m: &'a mut [f32],
     /// By how much the tile's larger `m` shrinks what came before.
     pub(super) alpha: &'a mut [f32],
+    /// What sums of products with queries are multiplied with.
+    pub(super) query_scales: &'a mut [f32],
+    /// The same for weights of the tile.
+    pub(super) weight_scales: &'a mut [f32],
     /// Weights of the tile's positions.
     pub(super) p: &'a mut [[f32; TILE]],
 }
@@ -107,9 +111,11 @@ impl<'a> Work<'a> {
         let (total_l, memory) = memory.split_at_mut(rows);
         let (total_m, memory) = memory.split_at_mut(rows);
         let (alpha, memory) = memory.split_at_mut(rows);
+        let (query_scales, memory) = memory.split_at_mut(rows);
+        let (weight_scales, memory) = memory.split_at_mut(rows);
         let p = memory[..rows * TILE].as_chunks_mut().0;
         let (o, total_o, l) = (o.as_chunks_mut().0, total_o.as_chunks_mut().0, l.as_chunks_mut().0);
-        Self { queries, o, total_o, l, m, total_l, total_m, alpha, p }
+        Self { queries, o, total_o, l, m, total_l, total_m, alpha, query_scales, weight_scales, p }
     }
 }
 

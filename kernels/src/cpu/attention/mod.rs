@@ -6,7 +6,7 @@
 //!     for each stretch of 512 positions: a partial result m, l, o per row      item.rs
 //!       for each tile of 64 positions             (two blocks of the pool)
 //!         for each up to 6 rows (12 with AVX-512)                              tile.rs
-//!           p = q . K                 K block [group of 16][dim][16]: 16 scores to a vector; f16 or int8: element.rs
+//!           p = q . K                 K block [group of 16][dim][16]: 16 scores to a vector; f16 or int8, floats or integers: element.rs
 //!           softmax of p, with m and l
 //!         for each up to 6 rows (every K and V vector that is loaded serves all of them)
 //!           o = o * alpha + p . V     V block [position][dim]

@@ -5,7 +5,7 @@
 //!   row of qkv   [ q heads          | k heads           | v heads ]     f32
 //!                  norm, turn,        norm, turn          │
 //!                  scale, in place    │                   │
-//!   block        [kv head][ K: group of 16 x dim x 16   | V: position x dim ]     f16 or int8
+//!   block        [kv head][ K: group of 16 x dim x 16   | V: position x dim ]     f16; as int8 see `kv.rs`
 //! ```
 //!
 //! The unit of work is (sequence, block): no two workers write one block, and a sequence's rows in it are consecutive.
@@ -263,22 +263,30 @@ impl Kernel for StoreRow<'_> {
                 KvType::Int8 => {
                     let (scales, elements) = block.split_at_mut(SCALE_WORDS);
                     let (key_scales, value_scales) = cast_mut::<f32>(scales).split_at_mut(BLOCK_SIZE);
-                    let (keys, values) = cast_mut::<i8>(elements).split_at_mut(head_dim * BLOCK_SIZE);
-                    key_scales[slot] = to_bytes(s, key, |part, bytes| put_key(keys, (head_dim, slot), part, bytes));
-                    let row = &mut values[slot * head_dim..][..head_dim];
+                    // Two dimensions of a key lie side by side, and the values of two positions.
+                    let (keys, values) = cast_mut::<[i8; 2]>(elements).split_at_mut(head_dim / 2 * BLOCK_SIZE);
+                    key_scales[slot] = to_bytes(s, key, |part, bytes| {
+                        let pairs: &[[i8; 2]; LANES / 2] = bytes.as_chunks().0.as_array().expect("half as many pairs");
+                        put_key(keys, (head_dim / 2, slot), part, pairs);
+                    });
+                    let row = &mut values[slot / 2 * head_dim..][..head_dim];
                     let row = row.as_chunks_mut::<LANES>().0;
-                    value_scales[slot] = to_bytes(s, value, |part, bytes| row[part] = *bytes);
+                    value_scales[slot] = to_bytes(s, value, |part, bytes| {
+                        for (pair, byte) in row[part].iter_mut().zip(bytes) {
+                            pair[slot % 2] = *byte;
+                        }
+                    });
                 }
             }
         }
     }
 }
 
-/// Puts elements `16 * part..` of a key into the column of its position.
+/// Puts elements `N * part..` of a key, of `len` elements, into the column of its position.
 #[inline(always)]
-fn put_key<E: Plain>(keys: &mut [E], (head_dim, slot): (usize, usize), part: usize, elements: &[E; LANES]) {
-    let group = &mut keys[slot / LANES * head_dim * LANES..][..head_dim * LANES];
-    let columns = &mut group.as_chunks_mut::<LANES>().0[part * LANES..][..LANES];
+fn put_key<E: Plain, const N: usize>(keys: &mut [E], (len, slot): (usize, usize), part: usize, elements: &[E; N]) {
+    let group = &mut keys[slot / LANES * len * LANES..][..len * LANES];
+    let columns = &mut group.as_chunks_mut::<LANES>().0[part * N..][..N];
     for (column, element) in columns.iter_mut().zip(elements) {
         column[slot % LANES] = *element;
     }

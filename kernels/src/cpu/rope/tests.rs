@@ -110,16 +110,18 @@ impl World {
                     let expected = self.turned(source, self.norm.as_ref().map(|n| &n.1), position);
                     let values = &before[(heads + kv_heads + head) * d..][..d];
                     for dim in 0..d {
-                        let (key_at, value_at) =
-                            (slot / 16 * d * 16 + dim * 16 + slot % 16, (BLOCK_SIZE + slot) * d + dim);
                         let what = format!("{isa:?} {row} {head} {dim}");
                         match self.ty {
                             KvType::F16 => {
+                                let key_at = slot / 16 * d * 16 + dim * 16 + slot % 16;
+                                let value_at = (BLOCK_SIZE + slot) * d + dim;
                                 let key = f16::from_bits(stored[key_at]).to_f64();
                                 assert!(close(key, expected[dim], 6e-4), "key {what}: {key}");
                                 assert_eq!(stored[value_at], f16::from_f32(values[dim]).to_bits(), "value {what}");
                             }
                             KvType::Int8 => {
+                                let key_at = slot / 16 * d * 16 + dim / 2 * 32 + slot % 16 * 2 + dim % 2;
+                                let value_at = BLOCK_SIZE * d + slot / 2 * d * 2 + dim * 2 + slot % 2;
                                 let (scales, elements) = stored.split_at(SCALE_WORDS);
                                 let (scales, elements) = (cast::<f32>(scales), cast::<i8>(elements));
                                 let read = |scale: usize, at: usize| f64::from(scales[scale]) * f64::from(elements[at]);

@@ -1,6 +1,7 @@
 //! Sixteen lanes as two 256-bit registers (AVX2, FMA and F16C: Intel since Haswell, AMD since Zen).
 
 use super::{EXP_MIN, Kernel, LANES, Simd, forward_simd};
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX2, FMA and F16C.
@@ -33,8 +34,29 @@ pub(super) fn run<K: Kernel>(s: Avx2, kernel: K) -> K::Output {
 #[derive(Clone, Copy)]
 pub(crate) struct V(pub(crate) __m256, pub(crate) __m256);
 
+/// Sums 0..8 and 8..16.
+#[derive(Clone, Copy)]
+pub(crate) struct I(__m256i, __m256i);
+
 // Two accumulators per row: 6 rows take 12 of the 16 registers, two more hold the operand, one the broadcast.
-forward_simd!(Avx2, V, 6, ops);
+forward_simd!(
+    Avx2,
+    V,
+    I,
+    6,
+    ops,
+    #[inline(always)]
+    fn fma_f16<const R: usize>(self, halves: &[u16; LANES], factors: &[f32; R], sums: &mut [V; R]) {
+        if R == 3 {
+            // SAFETY: as for the other ops.
+            return unsafe { ops::fma_f16_3(halves, factors, sums) };
+        }
+        let v = self.load_f16(halves);
+        for r in 0..R {
+            sums[r] = self.fma(self.splat(factors[r]), v, sums[r]);
+        }
+    }
+);
 
 mod ops {
     use super::*;
@@ -76,6 +98,40 @@ mod ops {
         V(_mm256_cvtph_ps(low), _mm256_cvtph_ps(high))
     }
 
+    /// [`Simd::fma_f16`] of three rows. Two columns of them fill the registers to the last: 12 sums, 3 factors and half a
+    /// vector. The compiler would fetch the other half early and keep sums in memory instead.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) fn fma_f16_3(halves: &[u16; LANES], factors: &[f32], sums: &mut [V]) {
+        let (&[x, y, z], [a, b, c]) = (factors, sums) else { unreachable!("three rows") };
+        let (x, y, z) = (_mm256_set1_ps(x), _mm256_set1_ps(y), _mm256_set1_ps(z));
+        // SAFETY: the block reads the 32 bytes of `halves` and writes registers only.
+        unsafe {
+            asm!(
+                "vcvtph2ps {half}, [{halves}]",
+                "vfmadd231ps {a_low}, {x}, {half}",
+                "vfmadd231ps {b_low}, {y}, {half}",
+                "vfmadd231ps {c_low}, {z}, {half}",
+                "vcvtph2ps {half}, [{halves} + 16]",
+                "vfmadd231ps {a_high}, {x}, {half}",
+                "vfmadd231ps {b_high}, {y}, {half}",
+                "vfmadd231ps {c_high}, {z}, {half}",
+                halves = in(reg) halves.as_ptr(),
+                half = out(ymm_reg) _,
+                x = in(ymm_reg) x,
+                y = in(ymm_reg) y,
+                z = in(ymm_reg) z,
+                a_low = inout(ymm_reg) a.0,
+                b_low = inout(ymm_reg) b.0,
+                c_low = inout(ymm_reg) c.0,
+                a_high = inout(ymm_reg) a.1,
+                b_high = inout(ymm_reg) b.1,
+                c_high = inout(ymm_reg) c.1,
+                options(pure, readonly, nostack, preserves_flags),
+            )
+        };
+    }
+
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) fn load_bf16(src: &[u16; LANES]) -> V {
@@ -83,15 +139,6 @@ mod ops {
         let low = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(low));
         let high = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(high));
         V(_mm256_castsi256_ps(low), _mm256_castsi256_ps(high))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn load_i8(src: &[i8; LANES]) -> V {
-        // SAFETY: `src` is 16 bytes long; the load needs no alignment.
-        let bytes = unsafe { _mm_loadu_si128(src.as_ptr().cast()) };
-        let low = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-        V(low, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes))))
     }
 
     #[inline]
@@ -231,5 +278,43 @@ mod ops {
         let halves = _mm_add_epi32(_mm256_castsi256_si128(quarters), _mm256_extracti128_si256::<1>(quarters));
         let sums = _mm_hadd_epi32(halves, halves);
         [_mm_cvtsi128_si32(sums), _mm_extract_epi32::<1>(sums)]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) fn store_i16(v: V, dst: &mut [i16; LANES]) {
+        // Packing works within 128-bit halves: the four groups of four come out as 0 2 1 3.
+        let mixed = _mm256_packs_epi32(_mm256_cvtps_epi32(v.0), _mm256_cvtps_epi32(v.1));
+        let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(mixed);
+        // SAFETY: `dst` is 32 bytes long; the store needs no alignment.
+        unsafe { _mm256_storeu_si256(dst.as_mut_ptr().cast(), words) };
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) fn zero_sums() -> I {
+        I(_mm256_setzero_si256(), _mm256_setzero_si256())
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) fn dot_pairs<const R: usize>(bytes: &[i8; 2 * LANES], pairs: &[[i16; 2]; R], sums: &mut [I; R]) {
+        let (low, high) = bytes.split_at(LANES);
+        // SAFETY: `low` is 16 bytes long; the load needs no alignment.
+        let low = _mm256_cvtepi8_epi16(unsafe { _mm_loadu_si128(low.as_ptr().cast()) });
+        // SAFETY: so is `high`.
+        let high = _mm256_cvtepi8_epi16(unsafe { _mm_loadu_si128(high.as_ptr().cast()) });
+        for r in 0..R {
+            let [even, odd] = pairs[r];
+            let pair = _mm256_set1_epi32(i32::from(even as u16) | i32::from(odd) << 16);
+            sums[r].0 = _mm256_add_epi32(sums[r].0, _mm256_madd_epi16(low, pair));
+            sums[r].1 = _mm256_add_epi32(sums[r].1, _mm256_madd_epi16(high, pair));
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) fn sums_to_f32(sums: I) -> V {
+        V(_mm256_cvtepi32_ps(sums.0), _mm256_cvtepi32_ps(sums.1))
     }
 }

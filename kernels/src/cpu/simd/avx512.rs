@@ -37,8 +37,12 @@ pub(super) fn run<K: Kernel>(s: Avx512, kernel: K) -> K::Output {
 #[derive(Clone, Copy)]
 pub(crate) struct V(pub(crate) __m512);
 
+/// Sixteen sums.
+#[derive(Clone, Copy)]
+pub(crate) struct I(__m512i);
+
 // Two FMA units with a latency of 4 cycles need 8 accumulators; 12 leave room in the 32 registers for operands.
-forward_simd!(Avx512, V, 12, ops);
+forward_simd!(Avx512, V, I, 12, ops);
 
 mod ops {
     use super::*;
@@ -74,14 +78,6 @@ mod ops {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
     pub(super) fn load_bf16(src: &[u16; LANES]) -> V {
         V(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(load_u16(src)))))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-    pub(super) fn load_i8(src: &[i8; LANES]) -> V {
-        // SAFETY: `src` is 16 bytes long; the load needs no alignment.
-        let bytes = unsafe { _mm_loadu_si128(src.as_ptr().cast()) };
-        V(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)))
     }
 
     #[inline]
@@ -194,5 +190,38 @@ mod ops {
         // SAFETY: so is `high`.
         unsafe { _mm_storeu_si128(high.as_mut_ptr().cast(), b_bytes) };
         [_mm512_reduce_add_epi32(a), _mm512_reduce_add_epi32(b)]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+    pub(super) fn store_i16(v: V, dst: &mut [i16; LANES]) {
+        let words = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v.0));
+        // SAFETY: `dst` is 32 bytes long; the store needs no alignment.
+        unsafe { _mm256_storeu_si256(dst.as_mut_ptr().cast(), words) };
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+    pub(super) fn zero_sums() -> I {
+        I(_mm512_setzero_si512())
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+    pub(super) fn dot_pairs<const R: usize>(bytes: &[i8; 2 * LANES], pairs: &[[i16; 2]; R], sums: &mut [I; R]) {
+        // SAFETY: `bytes` is 32 bytes long; the load needs no alignment.
+        let bytes = _mm512_cvtepi8_epi16(unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) });
+        for r in 0..R {
+            let [even, odd] = pairs[r];
+            let pair = _mm512_set1_epi32(i32::from(even as u16) | i32::from(odd) << 16);
+            // In two steps: only the addition, of one cycle, waits for the one before it. There are few rows.
+            sums[r].0 = _mm512_add_epi32(sums[r].0, _mm512_madd_epi16(bytes, pair));
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+    pub(super) fn sums_to_f32(sums: I) -> V {
+        V(_mm512_cvtepi32_ps(sums.0))
     }
 }

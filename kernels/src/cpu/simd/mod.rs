@@ -50,6 +50,8 @@ pub(crate) const LANES: usize = 16;
 pub(crate) trait Simd: IntDot + Send + Sync {
     /// Sixteen f32 lanes.
     type V: Copy;
+    /// Sixteen i32 sums.
+    type I: Copy;
 
     /// Accumulator vectors that a register tile may hold beside its operands.
     const TILE: usize;
@@ -66,8 +68,6 @@ pub(crate) trait Simd: IntDot + Send + Sync {
     fn load_f16(self, src: &[u16; LANES]) -> Self::V;
     /// Reads 16 bfloat16 values.
     fn load_bf16(self, src: &[u16; LANES]) -> Self::V;
-    /// Reads 16 signed bytes.
-    fn load_i8(self, src: &[i8; LANES]) -> Self::V;
     /// Writes 16 values.
     fn store(self, v: Self::V, dst: &mut [f32; LANES]);
     /// Writes 16 IEEE halves, rounded to nearest even.
@@ -99,6 +99,23 @@ pub(crate) trait Simd: IntDot + Send + Sync {
     /// Rounds 32 values (to nearest, ties to even) to integers, which must lie in `-128..=127`, and returns the sums of
     /// the first and the last 16.
     fn round_i8(self, v: [Self::V; 2], dst: &mut [i8; 32]) -> [i32; 2];
+    /// Rounds 16 values (to nearest, ties to even) to integers, which must lie in `-32768..=32767`.
+    fn store_i16(self, v: Self::V, dst: &mut [i16; LANES]);
+    /// Sixteen zeroes.
+    fn zero_sums(self) -> Self::I;
+    /// For every row `r` and lane `i`: `sums[r][i] += bytes[2 i] * pairs[r][0] + bytes[2 i + 1] * pairs[r][1]`.
+    fn dot_pairs<const R: usize>(self, bytes: &[i8; 2 * LANES], pairs: &[[i16; 2]; R], sums: &mut [Self::I; R]);
+    /// The nearest f32 of each sum.
+    fn sums_to_f32(self, sums: Self::I) -> Self::V;
+
+    /// `sums[r] += halves * factors[r]`
+    #[inline(always)]
+    fn fma_f16<const R: usize>(self, halves: &[u16; LANES], factors: &[f32; R], sums: &mut [Self::V; R]) {
+        let v = self.load_f16(halves);
+        for r in 0..R {
+            sums[r] = self.fma(self.splat(factors[r]), v, sums[r]);
+        }
+    }
 
     /// `e^x` within 2 units in the last place; exactly 1 at 0, exactly 0 below [`EXP_MIN`], saturated above [`EXP_MAX`].
     #[inline(always)]
@@ -243,19 +260,19 @@ pub(crate) fn prefetch_line(address: *const u8) {
     let _ = address;
 }
 
-/// Implements [`Simd`] for the token type `$token` by calling the function of the same name in `$ops`.
+/// Implements [`Simd`] for the token type `$token` by calling the function of the same name in `$ops`. What comes after
+/// that replaces a provided method.
 ///
 /// Those are safe functions with `#[target_feature]`; calling one from code without the feature is the unsafe step, and it
 /// is the same for every op: the token exists only where the features were detected.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! forward_simd {
-    ($token:ty, $vector:ty, $tile:expr, $ops:ident) => {
-        forward_simd!(@impl $token, $vector, $tile, $ops,
+    ($token:ty, $vector:ty, $sums:ty, $tile:expr, $ops:ident $(, $($own:tt)*)?) => {
+        forward_simd!(@impl $token, $vector, $sums, $tile, $ops, [$($($own)*)?]
             splat(x: f32) -> $vector;
             load(src: &[f32; LANES]) -> $vector;
             load_f16(src: &[u16; LANES]) -> $vector;
             load_bf16(src: &[u16; LANES]) -> $vector;
-            load_i8(src: &[i8; LANES]) -> $vector;
             store(v: $vector, dst: &mut [f32; LANES]) -> ();
             store_f16(v: $vector, dst: &mut [u16; LANES]) -> ();
             add(a: $vector, b: $vector) -> $vector;
@@ -271,17 +288,28 @@ macro_rules! forward_simd {
             keep_lanes(v: $vector, first: usize, end: usize, fill: f32) -> $vector;
             exp_scale(p: $vector, t: $vector, x: $vector) -> $vector;
             round_i8(v: [$vector; 2], dst: &mut [i8; 32]) -> [i32; 2];
+            store_i16(v: $vector, dst: &mut [i16; LANES]) -> ();
+            zero_sums() -> $sums;
+            sums_to_f32(sums: $sums) -> $vector;
         );
     };
-    (@impl $token:ty, $vector:ty, $tile:expr, $ops:ident,
+    (@impl $token:ty, $vector:ty, $sums:ty, $tile:expr, $ops:ident, [$($own:tt)*]
         $($name:ident($($arg:ident: $ty:ty),*) -> $out:ty;)*) => {
         impl Simd for $token {
             type V = $vector;
+            type I = $sums;
             const TILE: usize = $tile;
+            $($own)*
 
             #[inline(always)]
             fn outlined<K: Kernel>(self, kernel: K) -> K::Output {
                 run(self, kernel)
+            }
+
+            #[inline(always)]
+            fn dot_pairs<const R: usize>(self, bytes: &[i8; 2 * LANES], pairs: &[[i16; 2]; R], sums: &mut [$sums; R]) {
+                // SAFETY: as for the other ops.
+                unsafe { $ops::dot_pairs(bytes, pairs, sums) }
             }
 
             $(

@@ -33,8 +33,12 @@ pub(super) fn run<K: Kernel>(s: Neon, kernel: K) -> K::Output {
 #[derive(Clone, Copy)]
 pub(crate) struct V(pub(crate) [float32x4_t; 4]);
 
+/// Sums 0..4, 4..8, 8..12 and 12..16.
+#[derive(Clone, Copy)]
+pub(crate) struct I([int32x4_t; 4]);
+
 // Four accumulators per row: 6 rows take 24 of the 32 registers, four more hold the operand, one the broadcast.
-forward_simd!(Neon, V, 6, ops);
+forward_simd!(Neon, V, I, 6, ops);
 
 mod ops {
     use super::*;
@@ -81,19 +85,6 @@ mod ops {
             // SAFETY: `values` is 4 u16 long.
             let bits = unsafe { vld1_u16(values.as_ptr()) };
             *part = vreinterpretq_f32_u32(vshll_n_u16::<16>(bits));
-        }
-        out
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    pub(super) fn load_i8(src: &[i8; LANES]) -> V {
-        let mut out = splat(0.0);
-        for (parts, values) in out.0.as_chunks_mut::<2>().0.iter_mut().zip(src.as_chunks::<8>().0) {
-            // SAFETY: `values` is 8 bytes long.
-            let wide = vmovl_s8(unsafe { vld1_s8(values.as_ptr()) });
-            parts[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
-            parts[1] = vcvtq_f32_s32(vmovl_high_s16(wide));
         }
         out
     }
@@ -240,5 +231,44 @@ mod ops {
             *sum = i32::from(vaddlvq_s8(packed));
         }
         sums
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    pub(super) fn store_i16(v: V, dst: &mut [i16; LANES]) {
+        for (parts, words) in v.0.as_chunks::<2>().0.iter().zip(dst.as_chunks_mut::<8>().0) {
+            let low = vqmovn_s32(vcvtnq_s32_f32(parts[0]));
+            // SAFETY: `words` is 8 i16 long.
+            unsafe { vst1q_s16(words.as_mut_ptr(), vqmovn_high_s32(low, vcvtnq_s32_f32(parts[1]))) };
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    pub(super) fn zero_sums() -> I {
+        I([vdupq_n_s32(0); 4])
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    pub(super) fn dot_pairs<const R: usize>(bytes: &[i8; 2 * LANES], pairs: &[[i16; 2]; R], sums: &mut [I; R]) {
+        for (part, bytes) in bytes.as_chunks::<8>().0.iter().enumerate() {
+            // SAFETY: `bytes` is 8 bytes long.
+            let wide = vmovl_s8(unsafe { vld1_s8(bytes.as_ptr()) });
+            for r in 0..R {
+                let [even, odd] = pairs[r];
+                let pair = vreinterpretq_s16_s32(vdupq_n_s32(i32::from(even as u16) | i32::from(odd) << 16));
+                let low = vmull_s16(vget_low_s16(wide), vget_low_s16(pair));
+                let products = vpaddq_s32(low, vmull_high_s16(wide, pair));
+                sums[r].0[part] = vaddq_s32(sums[r].0[part], products);
+            }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    pub(super) fn sums_to_f32(sums: I) -> V {
+        let [a, b, c, d] = sums.0;
+        V([vcvtq_f32_s32(a), vcvtq_f32_s32(b), vcvtq_f32_s32(c), vcvtq_f32_s32(d)])
     }
 }

@@ -29,6 +29,7 @@ fn fold(mut v: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
 
 impl Simd for Scalar {
     type V = [f32; LANES];
+    type I = [i32; LANES];
     const TILE: usize = 4;
 
     #[inline(never)]
@@ -56,11 +57,6 @@ impl Simd for Scalar {
     #[inline(always)]
     fn load_bf16(self, src: &[u16; LANES]) -> Self::V {
         src.map(|bits| f32::from_bits(u32::from(bits) << 16))
-    }
-
-    #[inline(always)]
-    fn load_i8(self, src: &[i8; LANES]) -> Self::V {
-        src.map(f32::from)
     }
 
     #[inline(always)]
@@ -157,5 +153,29 @@ impl Simd for Scalar {
             }
         }
         sums
+    }
+
+    #[inline(always)]
+    fn store_i16(self, v: Self::V, dst: &mut [i16; LANES]) {
+        *dst = v.map(|x| x.round_ties_even() as i16);
+    }
+
+    #[inline(always)]
+    fn zero_sums(self) -> Self::I {
+        [0; LANES]
+    }
+
+    #[inline(always)]
+    fn dot_pairs<const R: usize>(self, bytes: &[i8; 2 * LANES], pairs: &[[i16; 2]; R], sums: &mut [Self::I; R]) {
+        for (sums, pair) in sums.iter_mut().zip(pairs) {
+            for (sum, bytes) in sums.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *sum += i32::from(bytes[0]) * i32::from(pair[0]) + i32::from(bytes[1]) * i32::from(pair[1]);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn sums_to_f32(self, sums: Self::I) -> Self::V {
+        sums.map(|sum| sum as f32)
     }
 }

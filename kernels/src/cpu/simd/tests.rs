@@ -2,6 +2,7 @@
 
 use super::{EXP_MIN, Kernel, LANES, Scalar, Simd, dispatch};
 use crate::cpu::isa::Isa;
+use half::f16;
 
 /// The instruction sets that this machine can run, printed so that a missing one is seen.
 pub(crate) fn runnable() -> Vec<Isa> {
@@ -18,6 +19,7 @@ struct AllOps {
     halves: [u16; LANES],
     bytes: [i8; 32],
     byte_sums: [i32; 2],
+    words: [i16; LANES],
 }
 
 struct RunAll {
@@ -33,11 +35,21 @@ impl Kernel for RunAll {
     fn run<S: Simd>(self, s: S) -> AllOps {
         let (a, b) = (s.load(&self.a), s.load(&self.b));
         let mut vectors = Vec::new();
+        let pair_bytes: [i8; 2 * LANES] = std::array::from_fn(|i| (self.bits[i % LANES] >> (i / LANES * 5)) as i8);
+        let mut sums = [s.zero_sums(); 3];
+        for pairs in [[[1, -1], [i16::MIN, i16::MAX], [-7, 12_345]], [[0, 3], [i16::MAX, i16::MAX], [1, 0]]] {
+            s.dot_pairs(&pair_bytes, &pairs, &mut sums);
+        }
+        let mut words = [0; LANES];
+        // Small integers and a power of two: exact, whether a product is rounded or not.
+        let integers = self.bits.map(|bits| f16::from_f32(f32::from(bits as i8)).to_bits());
+        let mut fma_f16 = [s.splat(3.0), s.splat(-0.5), s.splat(0.0)];
+        s.fma_f16(&integers, &[0.5, 1.0, -2.0], &mut fma_f16);
+        s.store_i16(s.mul(a, s.splat(3276.7)), &mut words);
         let results = [
             s.splat(self.a[0]),
             s.load_f16(&self.bits),
             s.load_bf16(&self.bits),
-            s.load_i8(&self.bits.map(|bits| bits as i8)),
             s.add(a, b),
             s.sub(a, b),
             s.mul(a, b),
@@ -51,6 +63,12 @@ impl Kernel for RunAll {
             s.keep_lanes(a, 8, 9, f32::NEG_INFINITY),
             s.keep_lanes(a, 15, 99, 0.0),
             s.keep_lanes(a, 16, 16, 0.0),
+            fma_f16[0],
+            fma_f16[1],
+            fma_f16[2],
+            s.sums_to_f32(sums[0]),
+            s.sums_to_f32(sums[1]),
+            s.sums_to_f32(sums[2]),
         ];
         for v in results {
             let mut out = [0.0; LANES];
@@ -62,7 +80,14 @@ impl Kernel for RunAll {
         let mut bytes = [0; 32];
         let scale = s.splat(12.7);
         let byte_sums = s.round_i8([s.mul(a, scale), s.mul(b, scale)], &mut bytes);
-        AllOps { vectors, sums: vec![s.reduce_add(a), s.reduce_max(a), s.reduce_max(b)], halves, bytes, byte_sums }
+        AllOps {
+            vectors,
+            sums: vec![s.reduce_add(a), s.reduce_max(a), s.reduce_max(b)],
+            halves,
+            bytes,
+            byte_sums,
+            words,
+        }
     }
 }
 
@@ -188,5 +213,35 @@ fn exp_is_exact_where_attention_relies_on_it() {
         let z = dispatch(isa, Apply(Function::Exp2Weight, x));
         assert_eq!(z[..5], [1.0, 1.0, 0.0, 0.0, 0.0], "{isa:?}");
         assert!(y[5].is_finite() && y[6].is_finite() && y[5] > 1e38, "{isa:?} {y:?}");
+    }
+}
+
+#[test]
+fn integer_products_are_exact_at_both_ends() {
+    struct Products([i8; 2 * LANES], [[i16; 2]; 2]);
+    impl Kernel for Products {
+        type Output = [[f32; LANES]; 2];
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> Self::Output {
+            let mut sums = [s.zero_sums(); 2];
+            for _ in 0..100 {
+                s.dot_pairs(&self.0, &self.1, &mut sums);
+            }
+            let mut out = [[0.0; LANES]; 2];
+            for (sums, out) in sums.into_iter().zip(&mut out) {
+                s.store(s.sums_to_f32(sums), out);
+            }
+            out
+        }
+    }
+    let bytes = std::array::from_fn(|i| [-128, 127, 3, -5][i % 4]);
+    let pairs = [[i16::MIN, i16::MIN], [1000, -2000]];
+    for isa in runnable() {
+        for (sums, [x, y]) in dispatch(isa, Products(bytes, pairs)).iter().zip(pairs) {
+            let expected = |a: i32, b: i32| (100 * (a * i32::from(x) + b * i32::from(y))) as f32;
+            for lanes in sums.as_chunks::<2>().0 {
+                assert_eq!(*lanes, [expected(-128, 127), expected(3, -5)], "{isa:?}");
+            }
+        }
     }
 }
