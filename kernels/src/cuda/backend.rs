@@ -190,7 +190,8 @@ impl CudaBackend {
     }
 }
 
-#[cfg(all(test, target_os = "linux", target_arch = "x86_64"))]
+#[cfg(test)]
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 impl CudaBackend {
     /// Waits until all submitted work is done.
     pub(super) fn synchronize(&self) {
