@@ -17,6 +17,7 @@
 use std::sync::Arc;
 
 use super::DeviceInfo;
+use super::arenas::{Act, Buffer, Rope, Vector, act_stride};
 use super::batch::Cut;
 use super::driver::{Arg, Device, DeviceBytes, Launch};
 use super::fields::{Fields, NULL};
@@ -24,7 +25,7 @@ use super::graphs::{Graphs, Next};
 use super::pass::Passes;
 use super::pinned::Pinned;
 use super::pool::{NO_WINDOW, Pool, launch_attention};
-use super::products::{Expanded, Finish, Input, Output, product};
+use super::products::{Expanded, Finish, Output, product};
 use super::sampling::Sampler;
 use super::scratch::argmax_bytes;
 use super::weights::{Format, Linear};
@@ -36,69 +37,6 @@ use crate::{
     ActId, Attention, Backend, BufferId, DrawRows, Drawn, Epilogue, Error, GateFn, HeadShape, KvId, KvLayout, LinearId,
     PartOrder, Pass, PassLimits, Recorded, Result, RopeId, RopePairs, RopeStore, Rows, SamplerId, VectorId, WeightPart,
 };
-
-/// An f32 arena of shape `[rows, cols]`.
-struct Buffer {
-    rows: usize,
-    cols: usize,
-    values: DeviceBytes,
-}
-
-impl Buffer {
-    fn check(&self, op: &'static str, rows: usize, cols: usize) -> Result<()> {
-        if rows <= self.rows && cols == self.cols {
-            return Ok(());
-        }
-        let expected = format!("at most {} rows of {} columns", self.rows, self.cols);
-        Err(Error::Shape { op, expected, got: format!("{rows} rows of {cols}") })
-    }
-}
-
-/// A bf16 arena of shape `[rows, stride]`, of which `cols` columns are used and the others are zero.
-struct Act {
-    rows: usize,
-    cols: usize,
-    stride: usize,
-    /// Rows that an op has written.
-    ready: usize,
-    values: DeviceBytes,
-}
-
-impl Act {
-    fn check(&self, op: &'static str, rows: usize, cols: usize) -> Result<()> {
-        if rows <= self.rows && cols == self.cols {
-            return Ok(());
-        }
-        let expected = format!("at most {} rows of {} columns", self.rows, self.cols);
-        Err(Error::Shape { op, expected, got: format!("{rows} rows of {cols}") })
-    }
-
-    /// The first `rows` rows, which were written before.
-    fn read(&self, op: &'static str, rows: usize, cols: usize) -> Result<Input<'_>> {
-        self.check(op, rows, cols)?;
-        if rows > self.ready {
-            let expected = format!("at most the {} rows that were written", self.ready);
-            return Err(Error::Shape { op, expected, got: rows.to_string() });
-        }
-        Ok(Input { memory: &self.values, stride: self.stride, rows })
-    }
-}
-
-struct Vector {
-    len: usize,
-    values: DeviceBytes,
-}
-
-struct Rope {
-    pairs: usize,
-    positions: usize,
-    values: DeviceBytes,
-}
-
-/// Elements of an activation row: whole tiles.
-fn act_stride(cols: usize) -> usize {
-    cols.next_multiple_of(super::weights::TILE_COLS)
-}
 
 /// The ops of a decoder on a CUDA device.
 pub struct CudaBackend {

@@ -8,6 +8,7 @@
 //!
 //! A build needs neither nvcc nor a GPU. The library is opened when a device is asked for, never at link time.
 
+mod arenas;
 mod backend;
 mod batch;
 mod driver;
