@@ -22,12 +22,12 @@
 use std::arch::asm;
 use std::arch::x86_64::{
     __m128i, __m256, __m256i, _mm_loadl_epi64, _mm_loadu_si128, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256,
-    _mm256_broadcastq_epi64, _mm256_broadcastsi128_si256, _mm256_cvtepi8_epi16, _mm256_cvtepi32_ps,
-    _mm256_cvtepu8_epi16, _mm256_cvtepu8_epi32, _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
-    _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_mullo_epi16, _mm256_or_si256, _mm256_set1_epi8,
-    _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi8, _mm256_setzero_ps, _mm256_setzero_si256,
-    _mm256_shuffle_epi8, _mm256_slli_epi16, _mm256_srai_epi16, _mm256_srli_epi16, _mm256_storeu_ps,
-    _mm256_storeu_si256, _mm256_xor_ps,
+    _mm256_broadcastq_epi64, _mm256_broadcastsi128_si256, _mm256_castps_si256, _mm256_cvtepi8_epi16,
+    _mm256_cvtepi32_ps, _mm256_cvtepu8_epi16, _mm256_cvtepu8_epi32, _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_loadu_ps,
+    _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_mullo_epi16, _mm256_or_si256,
+    _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi8, _mm256_setzero_ps,
+    _mm256_setzero_si256, _mm256_shuffle_epi8, _mm256_slli_epi16, _mm256_srai_epi16, _mm256_srli_epi16,
+    _mm256_storeu_ps, _mm256_storeu_si256, _mm256_xor_ps,
 };
 
 use super::{Group, IntDot, Lanes, PREFETCH, TileActs, TileQuants, exact, prefetch};
@@ -461,7 +461,8 @@ fn hold(mut vector: __m256i) -> __m256i {
 #[target_feature(enable = "avx2")]
 fn broadcast(x: &[i8; BLOCK], j: usize) -> __m256i {
     let group = x.as_chunks::<4>().0[j];
-    _mm256_set1_epi32(i32::from_ne_bytes(group.map(i8::cast_unsigned)))
+    // As a float: two neighbours loaded as integers would become one load, with moves and a shift to part them.
+    _mm256_castps_si256(_mm256_set1_ps(f32::from_ne_bytes(group.map(i8::cast_unsigned))))
 }
 
 /// Both sums of an activation block in every lane.
