@@ -5,7 +5,7 @@
 //!     ├── arenas    buffers f32 [rows, cols] · acts bf16 [rows, cols to a multiple of 32, zeros behind]
 //!     ├── weights   Linear: tiles of bf16 or quants          products: small_* | expand_* + tile_*
 //!     ├── samplers  what draws tokens               sample_*
-//!     ├── pools     bf16, heads padded to a width that has kernels
+//!     ├── pools     bf16 or fp8, heads padded to a width that has kernels
 //!     ├── passes    what ops read of rows and sequences      embed, rope_store, decode_*, prefill_*, attention_merge
 //!     └── graphs    passes that were recorded
 //! ```
@@ -141,11 +141,16 @@ impl CudaBackend {
     }
 
     /// The content of a pool, and the width of its heads.
-    pub(super) fn pool_values(&self, kv: KvId) -> (Vec<u16>, usize) {
+    pub(super) fn pool_bytes(&self, kv: KvId) -> (Vec<u8>, usize) {
         let pool = &self.pools[kv.0 as usize];
         let mut bytes = vec![0; pool.values.len()];
         self.device.download(&pool.values, 0, &mut bytes).unwrap();
-        (bytes.as_chunks::<2>().0.iter().map(|&pair| u16::from_le_bytes(pair)).collect(), pool.width)
+        (bytes, pool.width)
+    }
+
+    /// Fills a pool.
+    pub(super) fn set_pool_bytes(&mut self, kv: KvId, bytes: &[u8]) {
+        self.device.upload(&mut self.pools[kv.0 as usize].values, 0, bytes).unwrap();
     }
 }
 
@@ -421,7 +426,7 @@ impl Backend for CudaBackend {
             .number(usize::from(op.pairs == RopePairs::Interleaved))
             .float(op.query_scale)
             .float(eps);
-        let kernel = self.device.kernel("rope", "rope_store")?;
+        let kernel = self.device.kernel("rope", pool.store_kernel())?;
         let grid = (view.rows.min(qkv.rows) as u32, (heads + 2 * kv_heads).div_ceil(HEADS) as u32);
         self.device.launch(&kernel, Launch { grid, block: 32 * HEADS as u32, shared: 0 }, &[Arg::Fields(fields)])
     }
