@@ -141,12 +141,12 @@ fn what_is_no_number_or_too_large_becomes_the_largest() {
     let row = |rest: f32, odd: &[f32]| [odd, &[rest]].concat().into_iter().cycle().take(DIMS).collect::<Vec<_>>();
     let rows = [row(1.0, &[f32::NAN, -2.0]), row(1.0, &[f32::INFINITY, f32::NEG_INFINITY, f32::MAX])];
     let got = stored(&rows);
-    for part in 0..2 {
+    for (exponent, codes) in &got[0] {
         // 2 is 256 x 2^-7.
-        let (exponent, codes) = &got[0][part];
         assert_eq!(*exponent, 120);
         assert_eq!((codes[0] & 0x7f, element(*exponent, codes[1]), element(*exponent, codes[2])), (0x7e, -2.0, 1.0));
-        let (exponent, codes) = &got[1][part];
+    }
+    for (exponent, codes) in &got[1] {
         assert_eq!((*exponent, &codes[..4]), (245, &[0x7e, 0xfe, 0x7e, 0][..]));
     }
 }
