@@ -35,7 +35,7 @@ if command -v nvidia-smi >/dev/null; then
   say "# $(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem --format=csv,noheader | head -1)"
 fi
 
-# 1. Parity: every op on the device against the scalar reference, drawing tokens among them, and a whole tiny model. Then the
+# 1. Parity: every op on the device against the scalar reference, drawing tokens and 8-bit keys and values among them, and a whole tiny model. Then the
 # speed of kernels, the last table of which is that of drawing tokens.
 if step parity 150 "$tests" cuda::tests --test-threads=1 --nocapture; then
   say "parity: $(grep -ho 'cuda tests run on .*' "$out/parity.log" | head -1); $(grep -h '^test result' "$out/parity.log" | tail -1)"
@@ -54,6 +54,14 @@ for model in "${models[@]}"; do
   fi
   if step "$name-eager" 80 "$cupola" bench kernel -m "$model" --load-format dummy --device cuda --enforce-eager -p 0 -n 64 -b 1,8,32 -r 3; then
     say "" && say "without graphs:" && say "$(grep -h '|' "$out/$name-eager.log")"
+  fi
+done
+
+# Long context, where keys and values are much of what a step reads: in 16 bits and in 8.
+say "" && say "## decoder behind 8192 tokens, $(basename "${models[0]}")"
+for kv in auto fp8; do
+  if step "context-$kv" 45 "$cupola" bench kernel -m "${models[0]}" --load-format dummy --device cuda --kv-cache-dtype "$kv" -p 0 -n 32 -d 8192 -b 1,8 --chunk 2048 -r 2; then
+    say "" && say "--kv-cache-dtype $kv:" && say "$(grep -h '|' "$out/context-$kv.log")"
   fi
 done
 

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 
 use cupola_kernels::cuda::testing;
 use cupola_kernels::kv::{BLOCK_SIZE, blocks_for};
-use cupola_kernels::{BlockId, Draw, DrawRows, WeightType};
+use cupola_kernels::{BlockId, Draw, DrawRows, KvType, WeightType};
 use cupola_models::testing::{Scratch as Folder, VOCAB, tiny_gguf};
 use cupola_models::{Batch, Decoder, DecoderLimits, Model};
 
@@ -142,7 +142,7 @@ fn answers_drawn_on_a_device_are_those_of_the_host() {
 #[test]
 fn a_plan_holds_what_the_largest_steps_take() {
     let folder = Folder::new("device-plan");
-    for ty in [WeightType::Q4_0, WeightType::Bf16] {
+    for (ty, kv_cache_type) in [(WeightType::Q4_0, KvType::F16), (WeightType::Bf16, KvType::Fp8)] {
         let model = Model::open(&tiny_gguf(folder.path(), ty, 1)).unwrap();
         let (rows, sequences) = (300, 40);
         let config = EngineConfig {
@@ -150,6 +150,7 @@ fn a_plan_holds_what_the_largest_steps_take() {
             max_num_batched_tokens: rows,
             max_model_len: Some(1024),
             kv_cache_bytes: Some(16 << 20),
+            kv_cache_type,
             ..EngineConfig::default()
         };
         let device = device();

@@ -104,11 +104,16 @@ impl Place {
 /// [`Error::Memory`] with the number that would fit; [`Error::Config`] for a setting out of range.
 pub fn plan(model: &Model, config: &EngineConfig, device: &Device) -> Result<MemoryPlan, Error> {
     config.validate()?;
-    if config.kv_cache_type != KvType::F16 && !matches!(device, Device::Cpu(_)) {
+    let (lacks, has, place) = match device {
+        Device::Cpu(_) => (KvType::Fp8, KvType::Int8, "the CPU"),
+        #[cfg(unix)]
+        Device::Cuda(_) => (KvType::Int8, KvType::Fp8, "a CUDA device"),
+    };
+    if config.kv_cache_type == lacks {
         return Err(Error::Config {
             field: "kv_cache_type",
-            expected: "auto on a device that is not the CPU, which stores 16 bits".into(),
-            got: config.kv_cache_type.name().into(),
+            expected: format!("{} on {place}, or auto for 16 bits", has.name()),
+            got: lacks.name().into(),
         });
     }
     let spec = &model.spec;

@@ -129,6 +129,10 @@ DEVICE f16 to_f16(float x) {
 }
 DEVICE unsigned pack_bf16(float low, float high) { return to_bf16(low).bits | (unsigned)to_bf16(high).bits << 16; }
 DEVICE unsigned pack_f16(float low, float high) { return to_f16(low).bits | (unsigned)to_f16(high).bits << 16; }
+DEVICE unsigned multiply_bf16(unsigned a, unsigned b) {
+  auto of = [](unsigned pair, unsigned i) { return to_float(bf16{(unsigned short)(pair >> 16 * i)}); };
+  return pack_bf16(of(a, 0) * of(b, 0), of(a, 1) * of(b, 1));
+}
 
 DEVICE float fast_exp(float x) { return std::exp(x); }
 DEVICE float fast_exp2(float x) { return std::exp2(x); }

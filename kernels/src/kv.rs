@@ -5,6 +5,7 @@
 //!   block   [kv head][ K: group of 16 positions x dim x 16 | V: position x dim ]                 f16
 //!           [kv head][ f32 scales of 32 keys, of 32 values                                       int8
 //!                    | K: group of 16 positions x dim / 2 x 16 x 2 | V: position / 2 x dim x 2 ]
+//!           as `cuda/cu/kv.cuh` says, with a byte of exponent for each of 32 keys and values           fp8
 //! ```
 //!
 //! Keys are stored transposed in groups of 16 positions, so that 16 scores come out of one vector without horizontal
@@ -27,12 +28,15 @@ pub const fn blocks_for(tokens: usize) -> usize {
 /// What keys and values are stored as.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum KvType {
-    /// IEEE halves.
+    /// 16 bits: IEEE halves on a CPU, bf16 on a CUDA device.
     #[default]
     F16,
     /// Bytes with one scale for each key and each value of a head: a little more than half the memory and half the bytes
     /// that a long context reads, for a relative rounding error of up to 1/254 of the largest element.
     Int8,
+    /// E4M3 bytes with one exponent for each key and each value of a head, on CUDA devices: half the memory of 16 bits, for a
+    /// relative rounding error of up to 1/16 of each element.
+    Fp8,
 }
 
 impl KvType {
@@ -41,12 +45,16 @@ impl KvType {
         match self {
             Self::F16 => "f16",
             Self::Int8 => "int8",
+            Self::Fp8 => "fp8",
         }
     }
 }
 
 /// Words (u16) of the scales in one head's part of an int8 block.
 pub(crate) const SCALE_WORDS: usize = 2 * BLOCK_SIZE * size_of::<f32>() / size_of::<u16>();
+
+/// Words (u16) of the exponents in one head's part of a block of fp8.
+const EXPONENT_WORDS: usize = 2 * BLOCK_SIZE / size_of::<u16>();
 
 /// Shape of a key/value pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +75,7 @@ impl KvLayout {
         match self.ty {
             KvType::F16 => 2 * self.head_dim * BLOCK_SIZE,
             KvType::Int8 => SCALE_WORDS + self.head_dim * BLOCK_SIZE,
+            KvType::Fp8 => self.head_dim * BLOCK_SIZE + EXPONENT_WORDS,
         }
     }
 

@@ -38,45 +38,66 @@ fn prompt(seed: usize, len: usize) -> Vec<u32> {
 }
 
 fn decoder() -> Decoder {
+    decoder_of(KvType::F16)
+}
+
+fn decoder_of(kv_type: KvType) -> Decoder {
     let limits = DecoderLimits {
         max_batch_tokens: POSITIONS,
         max_seqs: SEQUENCES,
         kv_blocks: SEQUENCES * blocks_for(POSITIONS),
-        kv_type: KvType::F16,
+        kv_type,
         max_model_len: POSITIONS,
     };
     let backend = device().backend().expect("a device");
     Decoder::load(model(), backend, limits, &mut |_, _| ()).expect("the model loads")
 }
 
-/// A step of the first `lengths.len()` sequences, which have these lengths; gives the bits of all logits, and the argmax.
-fn step(decoder: &mut Decoder, lengths: &[usize], seed: usize, greedy: bool) -> (Vec<Vec<u32>>, Vec<u32>) {
-    let mut batch = Batch { greedy, ..Batch::default() };
-    for (sequence, &length) in lengths.iter().enumerate() {
-        let first = sequence * blocks_for(POSITIONS);
-        let table: Vec<_> =
-            (first..first + blocks_for(length + 1)).map(|block| BlockId(u32::try_from(block).expect("few"))).collect();
-        let row = batch.push(&[random(seed * 31 + sequence, VOCAB)], length, &table);
-        batch.outputs.push(row);
-    }
-    decoder.forward(&batch).expect("a sound batch");
-    let logits = Mutex::new(vec![Vec::new(); lengths.len()]);
+/// Blocks of a sequence that has `length` positions.
+fn blocks(sequence: usize, length: usize) -> Vec<BlockId> {
+    let first = sequence * blocks_for(POSITIONS);
+    (first..first + blocks_for(length)).map(|block| BlockId(u32::try_from(block).expect("few"))).collect()
+}
+
+/// The bits of the logits of all `rows` outputs of the last batch.
+fn logits(decoder: &mut Decoder, rows: usize) -> Vec<Vec<u32>> {
+    let logits = Mutex::new(vec![Vec::new(); rows]);
     decoder
         .for_each_logits(&|row, values| {
             logits.lock().expect("no panic")[row] = values.iter().map(|x| x.to_bits()).collect();
         })
         .expect("logits");
+    logits.into_inner().expect("no panic")
+}
+
+/// A step of the first `lengths.len()` sequences, which have these lengths; gives the bits of all logits, and the argmax.
+fn step(decoder: &mut Decoder, lengths: &[usize], seed: usize, greedy: bool) -> (Vec<Vec<u32>>, Vec<u32>) {
+    let sequences: Vec<_> = lengths.iter().copied().enumerate().collect();
+    step_of(decoder, &sequences, seed, greedy)
+}
+
+/// The same of any sequences, as (number, length).
+fn step_of(
+    decoder: &mut Decoder,
+    sequences: &[(usize, usize)],
+    seed: usize,
+    greedy: bool,
+) -> (Vec<Vec<u32>>, Vec<u32>) {
+    let mut batch = Batch { greedy, ..Batch::default() };
+    for &(sequence, length) in sequences {
+        let row = batch.push(&[random(seed * 31 + sequence, VOCAB)], length, &blocks(sequence, length + 1));
+        batch.outputs.push(row);
+    }
+    decoder.forward(&batch).expect("a sound batch");
+    let logits = logits(decoder, sequences.len());
     let chosen = if greedy { decoder.argmax().expect("tokens").to_vec() } else { Vec::new() };
-    (logits.into_inner().expect("no panic"), chosen)
+    (logits, chosen)
 }
 
 fn fill(decoder: &mut Decoder, lengths: &[usize]) {
     for (sequence, &length) in lengths.iter().enumerate() {
         let mut batch = Batch { greedy: true, ..Batch::default() };
-        let first = sequence * blocks_for(POSITIONS);
-        let blocks = first..first + blocks_for(length);
-        let table: Vec<_> = blocks.map(|block| BlockId(u32::try_from(block).expect("few"))).collect();
-        batch.push(&prompt(sequence, length), 0, &table);
+        batch.push(&prompt(sequence, length), 0, &blocks(sequence, length));
         decoder.forward(&batch).expect("a sound batch");
     }
 }
@@ -108,6 +129,45 @@ fn a_recorded_step_gives_the_bits_of_one_that_is_not() {
     assert_eq!(plain.recorded().graphs, 0);
 }
 
+/// With keys and values of 8 bits: a row has the same bits alone and among others, recorded or not, and whether the beginning
+/// of its prompt is computed or found; and all lie near those of 16 bits.
+#[test]
+fn bytes_keep_the_promises_of_16_bits() {
+    let mut decoder = decoder_of(KvType::Fp8);
+    let lengths = [3, 500, 31, 32, 255, 256, 620];
+    fill(&mut decoder, &lengths);
+    let (together, chosen) = step(&mut decoder, &lengths, 1, true);
+    for (sequence, &length) in lengths.iter().enumerate() {
+        let (alone, token) = step_of(&mut decoder, &[(sequence, length)], 1, true);
+        assert_eq!((&alone[0], token[0]), (&together[sequence], chosen[sequence]), "sequence {sequence}");
+    }
+    assert_eq!(decoder.record_passes(&mut |_, _| ()).expect("recordings").failed, None);
+    assert_eq!(step(&mut decoder, &lengths, 1, true), (together.clone(), chosen), "recorded");
+
+    // The same 60 tokens in two sequences: whole in one, in the other behind a block that the first has computed.
+    let tokens = prompt(77, 60);
+    let mut batch = Batch::default();
+    batch.push(&tokens, 0, &blocks(8, 60));
+    batch.outputs.push(59);
+    decoder.forward(&batch).expect("a sound batch");
+    let cold = logits(&mut decoder, 1);
+    let mut batch = Batch::default();
+    batch.push(&tokens[32..], 32, &[blocks(8, 60)[0], blocks(9, 60)[1]]);
+    batch.outputs.push(27);
+    decoder.forward(&batch).expect("a sound batch");
+    assert_eq!(logits(&mut decoder, 1), cold, "a warm beginning changes nothing");
+
+    let mut wide = self::decoder();
+    fill(&mut wide, &lengths);
+    let (expected, _) = step(&mut wide, &lengths, 1, true);
+    let values = |rows: &[Vec<u32>]| rows.iter().flatten().map(|&bits| f32::from_bits(bits)).collect::<Vec<_>>();
+    let (got, expected) = (values(&together), values(&expected));
+    let size = (expected.iter().map(|x| x * x).sum::<f32>() / expected.len() as f32).sqrt();
+    let off = got.iter().zip(&expected).map(|(a, b)| (a - b) * (a - b)).sum::<f32>() / expected.len() as f32;
+    eprintln!("logits of fp8 are off by {:.4} of their size", off.sqrt() / size);
+    assert!(got != expected && off.sqrt() < 0.05 * size, "off by {} of {size}", off.sqrt());
+}
+
 /// More greedy rows than logits exist at a time.
 #[test]
 fn the_tokens_of_many_sequences_come_in_several_rounds() {
@@ -129,13 +189,14 @@ fn the_tokens_of_many_sequences_come_in_several_rounds() {
     }
 }
 
-fn engine(device: &Device, enforce_eager: bool) -> EngineHandle {
+fn engine(device: &Device, enforce_eager: bool, kv_cache_type: KvType) -> EngineHandle {
     let config = EngineConfig {
         max_num_seqs: SEQUENCES,
         max_num_batched_tokens: 128,
         max_model_len: Some(POSITIONS),
         kv_cache_bytes: Some(32 << 20),
         enforce_eager,
+        kv_cache_type,
         ..EngineConfig::default()
     };
     Engine::load(model(), config, device).expect("an engine")
@@ -204,10 +265,10 @@ fn the_engine_gives_the_tokens_of_the_cpu_with_and_without_recordings() {
         [5, 40, 130, 33, 64, 300].iter().enumerate().map(|(i, &len)| prompt(100 + i, len)).collect();
     first.extend((0..4).map(|i| [prompt(1, 96), prompt(200 + i, 10)].concat()));
     let second: Vec<_> = first.iter().map(|prompt| [prompt.as_slice(), &[5, 6, 7]].concat()).collect();
-    let cpu = engine(&Device::Cpu(CpuConfig::default()), false);
+    let cpu = engine(&Device::Cpu(CpuConfig::default()), false, KvType::F16);
     let expected = [&first, &second].map(|prompts| answers(&cpu, prompts, Some(5)));
     for enforce_eager in [false, true] {
-        let engine = engine(&device(), enforce_eager);
+        let engine = engine(&device(), enforce_eager, KvType::F16);
         for (round, (prompts, expected)) in [&first, &second].into_iter().zip(&expected).enumerate() {
             let got = answers(&engine, prompts, None);
             let (same, all) = (agree(&got, expected), got.iter().map(|answer| answer.tokens.len()).sum::<usize>());
@@ -217,4 +278,20 @@ fn the_engine_gives_the_tokens_of_the_cpu_with_and_without_recordings() {
         }
         engine.shutdown();
     }
+}
+
+/// A conversation goes on from keys and values of 8 bits that were computed before, as if they were computed again.
+#[test]
+fn the_engine_reuses_beginnings_of_8_bits() {
+    let prompts: Vec<_> = [40, 130, 300].iter().enumerate().map(|(i, &len)| prompt(100 + i, len)).collect();
+    let warm = engine(&device(), false, KvType::Fp8);
+    let cold = engine(&device(), true, KvType::Fp8);
+    answers(&warm, &prompts, None);
+    let longer: Vec<_> = prompts.iter().map(|prompt| [prompt.as_slice(), &prompt[..35]].concat()).collect();
+    let (got, expected) = (answers(&warm, &longer, Some(5)), answers(&cold, &longer, Some(5)));
+    assert!(got.iter().all(|answer| answer.usage.cached_tokens >= 32), "{:?}", got[0].usage);
+    assert!(expected.iter().all(|answer| answer.usage.cached_tokens == 0), "{:?}", expected[0].usage);
+    let (same, all) = (agree(&got, &expected), got.iter().map(|answer| answer.tokens.len()).sum::<usize>());
+    assert!(same * 4 >= all * 3, "only {same} of {all} tokens can be compared");
+    [warm, cold].iter().for_each(EngineHandle::shutdown);
 }

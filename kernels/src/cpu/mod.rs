@@ -41,6 +41,7 @@ use self::products::{ArgmaxScratch, Machine, Target, Work, scratch};
 use self::rope::{RopeStoreOp, RopeTable, StoreScratch};
 use self::weights::{Linear, Store};
 use crate::checks::{check_cols, check_order, next_id};
+use crate::kv::KvType;
 use crate::memory::{Arena, SharedMut};
 use crate::{
     ActId, Attention, Backend, BufferId, Epilogue, Error, GateFn, KvId, KvLayout, LinearId, PartOrder, Result, RopeId,
@@ -259,6 +260,10 @@ impl Backend for CpuBackend {
     }
 
     fn alloc_kv(&mut self, layout: KvLayout, num_blocks: usize) -> Result<KvId> {
+        if layout.ty == KvType::Fp8 {
+            let expected = "f16 or int8 keys and values on a CPU".into();
+            return Err(Error::Shape { op: "alloc_kv", expected, got: layout.ty.name().into() });
+        }
         let block = layout.block_words().saturating_mul(layout.layers);
         let values = Arena::zeroed(block.saturating_mul(num_blocks), "the key/value pool")?;
         self.attention.push(AttentionScratch::new(self.machine.pool.threads(), layout.head_dim)?);

@@ -347,6 +347,8 @@ fn misuse_is_refused_with_both_sizes() {
     backend.rms_norm(x, Rows::Picked(&[3, 0]), (norm, 1e-5), weight, act).unwrap();
     assert!(backend.linear(act, 2, weight, Epilogue::Store, wrong).is_err());
     assert!(backend.linear(act, 3, weight, Epilogue::Store, out).is_err());
+    let device = KvLayout { layers: 1, kv_heads: 1, head_dim: 32, ty: KvType::Fp8 };
+    assert!(backend.alloc_kv(device, 1).unwrap_err().to_string().contains("f16 or int8 keys and values on a CPU"));
     backend.linear(act, 2, weight, Epilogue::Store, out).unwrap();
     assert!(backend.embed(weight, &[16], 1.0, x).is_err());
     assert!(backend.allocated_bytes() > 320);

@@ -14,11 +14,7 @@ pub(super) struct Buffer {
 
 impl Buffer {
     pub(super) fn check(&self, op: &'static str, rows: usize, cols: usize) -> Result<()> {
-        if rows <= self.rows && cols == self.cols {
-            return Ok(());
-        }
-        let expected = format!("at most {} rows of {} columns", self.rows, self.cols);
-        Err(Error::Shape { op, expected, got: format!("{rows} rows of {cols}") })
+        check_fits(op, (self.rows, self.cols), (rows, cols))
     }
 }
 
@@ -34,11 +30,7 @@ pub(super) struct Act {
 
 impl Act {
     pub(super) fn check(&self, op: &'static str, rows: usize, cols: usize) -> Result<()> {
-        if rows <= self.rows && cols == self.cols {
-            return Ok(());
-        }
-        let expected = format!("at most {} rows of {} columns", self.rows, self.cols);
-        Err(Error::Shape { op, expected, got: format!("{rows} rows of {cols}") })
+        check_fits(op, (self.rows, self.cols), (rows, cols))
     }
 
     /// The first `rows` rows, which were written before.
@@ -68,4 +60,13 @@ pub(super) struct Rope {
 /// Elements of an activation row: whole tiles.
 pub(super) fn act_stride(cols: usize) -> usize {
     cols.next_multiple_of(TILE_COLS)
+}
+
+/// An arena of `(rows, columns)` holds this many rows, and rows are as long as asked for.
+fn check_fits(op: &'static str, arena: (usize, usize), asked: (usize, usize)) -> Result<()> {
+    if asked.0 <= arena.0 && asked.1 == arena.1 {
+        return Ok(());
+    }
+    let expected = format!("at most {} rows of {} columns", arena.0, arena.1);
+    Err(Error::Shape { op, expected, got: format!("{} rows of {}", asked.0, asked.1) })
 }

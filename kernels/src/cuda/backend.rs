@@ -5,7 +5,7 @@
 //!     ├── arenas    buffers f32 [rows, cols] · acts bf16 [rows, cols to a multiple of 32, zeros behind]
 //!     ├── weights   Linear: tiles of bf16 or quants          products: small_* | expand_* + tile_*
 //!     ├── samplers  what draws tokens               sample_*
-//!     ├── pools     bf16, heads padded to a width that has kernels
+//!     ├── pools     bf16 or fp8, heads padded to a width that has kernels
 //!     ├── passes    what ops read of rows and sequences      embed, rope_store, decode_*, prefill_*, attention_merge
 //!     └── graphs    passes that were recorded
 //! ```
@@ -22,6 +22,7 @@ use super::batch::Cut;
 use super::driver::{Arg, Device, DeviceBytes, Launch};
 use super::fields::{Fields, NULL};
 use super::graphs::{Graphs, Next};
+use super::host_rows::HostRows;
 use super::pass::Passes;
 use super::pinned::Pinned;
 use super::pool::{NO_WINDOW, Pool, launch_attention};
@@ -32,7 +33,6 @@ use super::weights::{Format, Linear};
 use crate::checks::{check_cols, check_order, next_id};
 use crate::cpu::rope::RopeTable;
 use crate::kv::BLOCK_SIZE;
-use crate::memory::{Arena, cast_mut};
 use crate::{
     ActId, Attention, Backend, BufferId, DrawRows, Drawn, Epilogue, Error, GateFn, HeadShape, KvId, KvLayout, LinearId,
     PartOrder, Pass, PassLimits, Recorded, Result, RopeId, RopePairs, RopeStore, Rows, SamplerId, VectorId, WeightPart,
@@ -57,8 +57,7 @@ pub struct CudaBackend {
     chosen: Option<(DeviceBytes, Pinned)>,
     /// How many of them there are.
     results: usize,
-    /// Rows of `for_each_row`.
-    host: Arena<u8>,
+    host: HostRows,
 }
 
 impl CudaBackend {
@@ -87,7 +86,7 @@ impl CudaBackend {
             panels: None,
             chosen: None,
             results: 0,
-            host: Arena::zeroed(0, "rows on the host")?,
+            host: HostRows::new()?,
         })
     }
 
@@ -142,11 +141,16 @@ impl CudaBackend {
     }
 
     /// The content of a pool, and the width of its heads.
-    pub(super) fn pool_values(&self, kv: KvId) -> (Vec<u16>, usize) {
+    pub(super) fn pool_bytes(&self, kv: KvId) -> (Vec<u8>, usize) {
         let pool = &self.pools[kv.0 as usize];
         let mut bytes = vec![0; pool.values.len()];
         self.device.download(&pool.values, 0, &mut bytes).unwrap();
-        (bytes.as_chunks::<2>().0.iter().map(|&pair| u16::from_le_bytes(pair)).collect(), pool.width)
+        (bytes, pool.width)
+    }
+
+    /// Fills a pool.
+    pub(super) fn set_pool_bytes(&mut self, kv: KvId, bytes: &[u8]) {
+        self.device.upload(&mut self.pools[kv.0 as usize].values, 0, bytes).unwrap();
     }
 }
 
@@ -422,7 +426,7 @@ impl Backend for CudaBackend {
             .number(usize::from(op.pairs == RopePairs::Interleaved))
             .float(op.query_scale)
             .float(eps);
-        let kernel = self.device.kernel("rope", "rope_store")?;
+        let kernel = self.device.kernel("rope", pool.store_kernel())?;
         let grid = (view.rows.min(qkv.rows) as u32, (heads + 2 * kv_heads).div_ceil(HEADS) as u32);
         self.device.launch(&kernel, Launch { grid, block: 32 * HEADS as u32, shared: 0 }, &[Arg::Fields(fields)])
     }
@@ -560,55 +564,11 @@ impl Backend for CudaBackend {
 
     fn for_each_row(&mut self, buffer: BufferId, rows: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {
         self.take_rows(buffer, Rows::First(rows), f)?;
-        let buffer = &mut self.buffers[buffer.0 as usize];
-        let bytes = rows * buffer.cols * size_of::<f32>();
-        self.device.upload(&mut buffer.values, 0, &self.host[..bytes])
+        self.host.give_back(&self.device, &mut self.buffers[buffer.0 as usize], rows)
     }
 
     fn take_rows(&mut self, buffer: BufferId, rows: Rows<'_>, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {
-        let buffer = &self.buffers[buffer.0 as usize];
-        let cols = buffer.cols;
-        let end = match rows {
-            Rows::First(n) => n,
-            Rows::Picked(rows) => rows.iter().max().map_or(0, |&row| row as usize + 1),
-        };
-        buffer.check("for_each_row", end, cols)?;
-        let row_bytes = cols * size_of::<f32>();
-        let bytes = rows.len() * row_bytes;
-        if bytes == 0 {
-            return Ok(());
-        }
-        if self.host.len() < bytes {
-            self.host = Arena::zeroed(bytes.next_power_of_two(), "rows on the host")?;
-        }
-        let host = &mut self.host[..bytes];
-        match rows {
-            Rows::First(_) => self.device.download(&buffer.values, 0, host)?,
-            Rows::Picked(rows) => {
-                for (&row, host) in rows.iter().zip(host.chunks_exact_mut(row_bytes)) {
-                    self.device.download(&buffer.values, row as usize * row_bytes, host)?;
-                }
-            }
-        }
-        let values: &mut [f32] = cast_mut(host);
-        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(rows.len());
-        let share = rows.len().div_ceil(threads);
-        std::thread::scope(|scope| {
-            for (i, values) in values.chunks_mut(share * cols).enumerate() {
-                let mut work = move || {
-                    for (row, values) in values.chunks_exact_mut(cols).enumerate() {
-                        f(i * share + row, values);
-                    }
-                };
-                // A single share needs no thread.
-                if threads == 1 {
-                    work();
-                } else {
-                    scope.spawn(work);
-                }
-            }
-        });
-        Ok(())
+        self.host.take(&self.device, &self.buffers[buffer.0 as usize], rows, f)
     }
 
     fn draw(&mut self, op: DrawRows<'_>, out: &mut Vec<Drawn>) -> Result<()> {

@@ -14,6 +14,7 @@ mod batch;
 mod driver;
 mod fields;
 mod graphs;
+mod host_rows;
 mod pass;
 mod pinned;
 mod pool;

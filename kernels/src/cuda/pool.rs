@@ -1,7 +1,7 @@
 //! The paged key/value pool on a device, and the launches of attention over it.
 //!
 //! ```text
-//!   pool    [block][layer][kv head][ K: position x width | V: width x position ]    bf16, 32 positions (`cu/kv.cuh`)
+//!   pool    [block][layer][kv head][ K | V ]    32 positions of bf16, or of bytes with exponents (`cu/kv.cuh`)
 //!   items   few rows ──> decode_*  ──pieces──> attention_merge
 //!           many     ──> prefill_*
 //! ```
@@ -36,8 +36,8 @@ impl Pool {
     /// # Errors
     /// [`Error::Shape`] for heads that no kernel takes, and those of [`Device::alloc`].
     pub(super) fn new(device: &mut Device, layout: KvLayout, blocks: usize) -> Result<Self> {
-        if layout.ty != KvType::F16 {
-            let expected = "keys and values of 16 bits on a CUDA device".into();
+        if layout.ty == KvType::Int8 {
+            let expected = "keys and values of 16 bits or fp8 on a CUDA device".into();
             return Err(Error::Shape { op: "alloc_kv", expected, got: layout.ty.name().into() });
         }
         let Some(width) = width_of(layout.head_dim) else {
@@ -49,6 +49,15 @@ impl Pool {
         let partial = device.alloc(partial, "pieces of attention")?;
         let partial_state = device.alloc(partial_state, "pieces of attention")?;
         Ok(Self { layout, blocks, width, values, partial, partial_state })
+    }
+
+    /// The kernel that writes it.
+    pub(super) fn store_kernel(&self) -> &'static str {
+        if self.is_fp8() { "rope_store_fp8" } else { "rope_store" }
+    }
+
+    fn is_fp8(&self) -> bool {
+        self.layout.ty == KvType::Fp8
     }
 
     /// `Pool` of `cu/kv.cuh`.
@@ -101,7 +110,11 @@ pub(super) fn launch_attention(
     let width = WIDTHS.iter().position(|&width| width == pool.width).expect("the pool was made with one of them");
     let (items, counts) = (&view.items, view.counts);
     if counts.few > 0 {
-        let name = ["decode_32", "decode_64", "decode_96", "decode_128", "decode_256"][width];
+        let name = if pool.is_fp8() {
+            ["decode_fp8_32", "decode_fp8_64", "decode_fp8_96", "decode_fp8_128", "decode_fp8_256"]
+        } else {
+            ["decode_32", "decode_64", "decode_96", "decode_128", "decode_256"]
+        }[width];
         let kernel = device.kernel("attention_decode", name)?;
         let shape = Launch { grid: (counts.few as u32, kv_heads), block: 128, shared: 0 };
         device.launch(&kernel, shape, &fields(items.few))?;
@@ -112,10 +125,16 @@ pub(super) fn launch_attention(
         device.launch(&kernel, shape, &fields(items.merges))?;
     }
     if counts.many > 0 {
-        let name = ["prefill_32", "prefill_64", "prefill_96", "prefill_128", "prefill_256"][width];
-        // Queries of 4 warps, and the stages of the ring, as in `cu/attention_prefill.cu`.
+        let name = if pool.is_fp8() {
+            ["prefill_fp8_32", "prefill_fp8_64", "prefill_fp8_96", "prefill_fp8_128", "prefill_fp8_256"]
+        } else {
+            ["prefill_32", "prefill_64", "prefill_96", "prefill_128", "prefill_256"]
+        }[width];
+        // Queries of 4 warps, the stages of the ring, and bytes as bf16, as in `cu/attention_prefill.cu`.
         let stages = if pool.width <= 128 { 3 } else { 2 };
-        let shared = (4 * pool.width / 32 * 2 * 32 * 16 + stages * 2 * BLOCK_SIZE * pool.width * 2) as u32;
+        let stage = 2 * KvLayout { head_dim: pool.width, ..pool.layout }.head_words();
+        let expanded = if pool.is_fp8() { 2 * BLOCK_SIZE * pool.width * 2 } else { 0 };
+        let shared = (4 * pool.width / 32 * 2 * 32 * 16 + stages * stage + expanded) as u32;
         let kernel = device.kernel("attention_prefill", name)?;
         device.allow_shared(&kernel, shared)?;
         let shape = Launch { grid: (counts.many as u32, kv_heads), block: 128, shared };

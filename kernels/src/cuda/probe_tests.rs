@@ -29,20 +29,33 @@ fn probed(driver: &Path, variables: &[(&str, &str)]) -> String {
     printed.lines().find(|line| line.starts_with("none: ") || line.starts_with("found: ")).unwrap().to_owned()
 }
 
+/// A driver library, the folder of which is removed when this is dropped.
+struct Driver {
+    folder: PathBuf,
+    library: PathBuf,
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        // Left behind, it is the system's to clear.
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}
+
 /// A driver with just these C functions.
-fn driver(name: &str, functions: &str) -> PathBuf {
+fn driver(name: &str, functions: &str) -> Driver {
     let folder = std::env::temp_dir().join(format!("cupola-probe-{}-{name}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
-    let source = folder.join("driver.c");
-    let library = folder.join("libcuda.so.1");
+    let driver = Driver { library: folder.join("libcuda.so.1"), folder };
+    let source = driver.folder.join("driver.c");
     std::fs::write(&source, functions).unwrap();
     let compiled = Command::new("gcc")
         .args(["-shared", "-fPIC", "-Wl,-soname,libcuda.so", "-w", "-o"])
-        .args([&library, &source])
+        .args([&driver.library, &source])
         .output()
         .expect("gcc, which linked this test");
     assert!(compiled.status.success(), "{compiled:?}");
-    library
+    driver
 }
 
 /// C source of a driver of this version, with every function that is needed first; `init` is what cuInit returns.
@@ -64,32 +77,32 @@ fn no_library_is_said_in_one_line() {
 #[test]
 fn a_broken_library_is_said_in_one_line() {
     let whole = driver("broken", &source(0, 13000));
-    let bytes = std::fs::read(&whole).unwrap();
-    std::fs::write(&whole, &bytes[..100]).unwrap();
-    let said = probed(&whole, &[]);
+    let bytes = std::fs::read(&whole.library).unwrap();
+    std::fs::write(&whole.library, &bytes[..100]).unwrap();
+    let said = probed(&whole.library, &[]);
     assert!(said.starts_with("none: the driver library cannot be opened") && said.contains("broken"), "{said}");
 }
 
 #[test]
 fn a_library_that_is_no_driver_is_said_in_one_line() {
-    assert_eq!(probed(&driver("other", "int other;"), &[]), "none: the driver library lacks cuInit");
+    assert_eq!(probed(&driver("other", "int other;").library, &[]), "none: the driver library lacks cuInit");
 }
 
 #[test]
 fn a_driver_without_a_device_is_said_in_one_line() {
-    let said = probed(&driver("no-device", &source(100, 13000)), &[]);
+    let said = probed(&driver("no-device", &source(100, 13000)).library, &[]);
     assert_eq!(said, "none: cuInit: CUDA_ERROR_NO_DEVICE (no device is there)");
 }
 
 #[test]
 fn an_old_driver_is_said_in_one_line() {
-    let said = probed(&driver("old", &source(0, 12040)), &[]);
+    let said = probed(&driver("old", &source(0, 12040)).library, &[]);
     assert_eq!(said, "none: the driver supports CUDA 12.4; the kernels need 13.0 or later (driver 580)");
 }
 
 #[test]
 fn a_driver_that_lacks_a_function_is_said_in_one_line() {
-    let said = probed(&driver("lacking", &source(0, 13000)), &[]);
+    let said = probed(&driver("lacking", &source(0, 13000)).library, &[]);
     assert_eq!(said, "none: the driver library lacks cuCtxGetCurrent");
 }
 

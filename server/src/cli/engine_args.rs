@@ -21,13 +21,16 @@ pub(crate) const DEFAULT_MODEL: &str = "smollm2-135m-instruct";
 /// What keys and values are stored as.
 #[derive(ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum KvCacheDtype {
-    /// What the device is best at: f16 on a CPU
+    /// 16 bits: f16 on a CPU, bf16 on a GPU
     #[default]
     Auto,
-    /// IEEE halves
+    /// The same
     F16,
-    /// Bytes, with one scale for each key and each value of a head
+    /// On a CPU: bytes, with one scale for each key and each value of a head
     Int8,
+    /// On a GPU: E4M3 numbers, with one exponent for each key and each value of a head
+    #[value(alias = "fp8_e4m3")]
+    Fp8,
 }
 
 impl From<KvCacheDtype> for KvType {
@@ -35,6 +38,7 @@ impl From<KvCacheDtype> for KvType {
         match dtype {
             KvCacheDtype::Auto | KvCacheDtype::F16 => KvType::F16,
             KvCacheDtype::Int8 => KvType::Int8,
+            KvCacheDtype::Fp8 => KvType::Fp8,
         }
     }
 }
@@ -55,7 +59,7 @@ pub(crate) struct EngineArgs {
     /// Memory of the key/value cache, such as 512M or 2GiB [default: part of what is free]
     #[arg(long, value_name = "SIZE", alias = "kv-cache-memory-bytes")]
     kv_cache_memory: Option<Bytes>,
-    /// What keys and values are stored as; int8 holds nearly twice as many tokens, at a small loss of precision
+    /// What keys and values are stored as; int8 (CPU) and fp8 (GPU) hold nearly twice as many tokens, at a loss of precision
     #[arg(long, value_enum, default_value_t)]
     kv_cache_dtype: KvCacheDtype,
     /// Most requests that wait; more are answered 429 [default: 4 times --max-num-seqs]

@@ -45,6 +45,10 @@ fn engine_flags_become_its_configuration() {
     let Device::Cpu(cpu) = plan("-t 2").device().expect("the CPU is always there") else { panic!("not the CPU") };
     assert_eq!(cpu.threads, Some(2));
     assert_eq!(plan("--kv-cache-dtype int8").config().kv_cache_type, cupola_kernels::KvType::Int8);
+    for name in ["fp8", "fp8_e4m3"] {
+        let dtype = plan(&format!("--kv-cache-dtype {name}")).config().kv_cache_type;
+        assert_eq!(dtype, cupola_kernels::KvType::Fp8);
+    }
     assert_eq!(plan("--kv-cache-dtype auto").config().kv_cache_type, cupola_kernels::KvType::F16);
 }
 

@@ -75,7 +75,20 @@ fn the_plan_is_made_for_the_device() {
     let mut command =
         with_device(&["plan", tiny_model(), "--device", "cuda", "--kv-cache-dtype", "int8"]).expect("as above");
     let said = text(&command.output().expect("the binary runs").stderr);
-    assert!(said.contains("--kv-cache-dtype must be auto on a device") && said.contains("got int8"), "{said}");
+    assert!(said.contains("--kv-cache-dtype must be fp8 on a CUDA device") && said.contains("got int8"), "{said}");
+    let output = cupola(&["plan", tiny_model(), "--kv-cache-dtype", "fp8"]).output().expect("the binary runs");
+    let said = text(&output.stderr);
+    assert!(said.contains("--kv-cache-dtype must be int8 on the CPU") && said.contains("got fp8"), "{said}");
+
+    // Heads of 32 dimensions: 64 bytes of 16-bit keys and values and 2 of exponents for each 128 bytes.
+    let args = ["plan", tiny_model(), "--device", "cuda", "--kv-cache-memory", "8M", "--json"];
+    let tokens = |more: &[&str]| -> f64 {
+        let mut command = with_device(&[&args, more].concat()).expect("as above");
+        let plan: Value = serde_json::from_str(&stdout(&command.output().expect("the binary runs"))).expect("JSON");
+        plan["kv_tokens"].as_f64().expect("a number")
+    };
+    let ratio = tokens(&["--kv-cache-dtype", "fp8"]) / tokens(&[]);
+    assert!((1.9..1.95).contains(&ratio), "{ratio}");
 
     let mut command = with_device(&["plan", tiny_model(), "--device", "cuda:7"]).expect("as above");
     let said = text(&command.output().expect("the binary runs").stderr);

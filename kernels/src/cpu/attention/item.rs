@@ -134,6 +134,7 @@ impl Kernel for RunItem<'_> {
         match self.views.op.layout.ty {
             KvType::F16 => self.over::<S, u16>(s),
             KvType::Int8 => self.over::<S, i8>(s),
+            KvType::Fp8 => unreachable!("`alloc_kv` refuses it"),
         }
     }
 }

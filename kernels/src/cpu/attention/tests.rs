@@ -115,6 +115,7 @@ impl World {
         let at = match self.ty {
             KvType::F16 => slot / 16 * d * 16 + dim * 16 + slot % 16,
             KvType::Int8 => slot / 16 * d * 16 + dim / 2 * 32 + slot % 16 * 2 + dim % 2,
+            KvType::Fp8 => unreachable!("not on a CPU"),
         };
         self.element(block, kv_head, slot, at)
     }
@@ -124,6 +125,7 @@ impl World {
         let at = match self.ty {
             KvType::F16 => slot * d + dim,
             KvType::Int8 => slot / 2 * d * 2 + dim * 2 + slot % 2,
+            KvType::Fp8 => unreachable!("not on a CPU"),
         };
         self.element(block, kv_head, BLOCK_SIZE + slot, d * BLOCK_SIZE + at)
     }
@@ -138,6 +140,7 @@ impl World {
                 let (scales, elements) = head.split_at(SCALE_WORDS);
                 f64::from(cast::<f32>(scales)[scale]) * f64::from(cast::<i8>(elements)[at])
             }
+            KvType::Fp8 => unreachable!("not on a CPU"),
         }
     }
 
@@ -189,6 +192,7 @@ impl World {
                 // Queries have 15 bits: half a step of 0.375 / 32,767 in each of 64 dimensions of keys of up to 2.1 moves a
                 // score by up to 7.7e-4, and a result by no more when values lie within 2; wider heads add a little.
                 KvType::Int8 => 1e-3,
+                KvType::Fp8 => unreachable!("not on a CPU"),
             };
             assert!(error < allowed, "{what} {isa:?}: error {error:e}");
         }

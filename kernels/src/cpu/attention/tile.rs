@@ -292,7 +292,7 @@ impl<E: Element, const R: usize> Kernel for Softmax<'_, E, R> {
                 let position = chunk.tile.start + group * LANES;
                 // The scales of values come after those of the two groups of keys.
                 let scale = match E::TYPE {
-                    KvType::F16 => None,
+                    KvType::F16 | KvType::Fp8 => None,
                     KvType::Int8 => chunk.tile.sequence.block(position).scales.get(2 + position % BLOCK_SIZE / LANES),
                 };
                 let weight = scale.map_or(weight, |scale| s.mul(weight, s.load(scale)));

@@ -277,6 +277,7 @@ impl Kernel for StoreRow<'_> {
                         }
                     });
                 }
+                KvType::Fp8 => unreachable!("`alloc_kv` refuses it"),
             }
         }
     }

@@ -132,6 +132,7 @@ impl World {
                                 let error = (value - f64::from(values[dim])).abs();
                                 assert!(error <= step(BLOCK_SIZE + slot), "value {what}: {value}");
                             }
+                            KvType::Fp8 => unreachable!("not on a CPU"),
                         }
                     }
                     if self.ty == KvType::Int8 {

@@ -114,18 +114,18 @@ DEVICE Visible visible(const Attention& p, const Item& item, unsigned kv_head, u
 template <int DIM>
 constexpr int KEYS_AHEAD = DIM <= 128 ? DIM / 32 : 1;
 
-/// Takes the 32 positions from `position0` on into the softmax. `keys(n, c)` are the 16 bytes of this lane in score tile n,
-/// chunk c of 32 dimensions; `values(d)` those of 8 dimensions from 8 d on.
-template <int DIM, int WIDTH, class Keys, class Values>
+/// Takes the 32 positions from `position0` on into the softmax. `keys(c, key)` gives this lane's eight bf16 numbers of each of
+/// the four score tiles, chunk c of 32 dimensions; `values(d)` those of 8 dimensions from 8 d on. `scales` are the factors of
+/// both by position: those of keys go to the scores, those of values to the softmax weights.
+template <int DIM, int WIDTH, class Keys, class Values, class Scales>
 DEVICE void attend_block(Flash<WIDTH>& flash, const unsigned char* queries, unsigned position0, const Visible& see,
-                         float softcap, const Keys& keys, const Values& values) {
+                         float softcap, const Keys& keys, const Values& values, const Scales& scales) {
   const unsigned t = lane() % 4;
   float scores[4][4] = {};
 #pragma unroll(KEYS_AHEAD<DIM>)
   for (int c = 0; c < DIM / 32; c++) {
     Words4 key[4];
-#pragma unroll
-    for (int n = 0; n < 4; n++) key[n] = keys(n, c);
+    keys(c, key);
 #pragma unroll
     for (int step = 0; step < 2; step++) {
       const Words4 query = load16(queries + ((2 * c + step) * WARP + lane()) * 16);
@@ -145,7 +145,7 @@ DEVICE void attend_block(Flash<WIDTH>& flash, const unsigned char* queries, unsi
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const unsigned h = i / 2, position = position0 + 8 * t + 2 * n + i % 2;
-      float score = scores[n][i];
+      float score = scores[n][i] * scales.key(2 * n + i % 2);
       if (softcap > 0.0f) score = softcap * tanhf(score / softcap);
       score *= LOG2_E;
       // As a difference, which is large when the position is behind the end.
@@ -184,7 +184,7 @@ DEVICE void attend_block(Flash<WIDTH>& flash, const unsigned char* queries, unsi
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int n = 2 * step + i / 2, first = i % 2 * 2;
-      weights[step][i] = pack_bf16(scores[n][first], scores[n][first + 1]);
+      weights[step][i] = pack_bf16(scores[n][first] * scales.value(2 * n), scores[n][first + 1] * scales.value(2 * n + 1));
     }
   }
 #pragma unroll

@@ -9,7 +9,7 @@
 
 constexpr unsigned DECODE_WARPS = 4;
 
-template <int DIM>
+template <class Kv, int DIM>
 DEVICE void decode(const Attention& p, unsigned char* queries, float* sums, float* states) {
   const Item item = p.items[blockIdx.x];
   const unsigned kv_head = blockIdx.y, g = lane() / 4, t = lane() % 4;
@@ -23,18 +23,25 @@ DEVICE void decode(const Attention& p, unsigned char* queries, float* sums, floa
   const unsigned part = warp() % PARTS, team = warp() / PARTS;
   Flash<WIDTH> flash;
   for (unsigned position = item.begin + team * KV_BLOCK; position < item.end; position += TEAMS * KV_BLOCK) {
-    const bf16* keys = head_of_block(p.pool, p.table[item.table0 + position / KV_BLOCK], kv_head);
-    const bf16* values = keys + KV_BLOCK * DIM + part * WIDTH * KV_BLOCK;
-    const bf16* key_row = keys + (8 * (g / 2) + g % 2) * DIM + 8 * t;
-    const bf16* value_row = values + g * KV_BLOCK + 8 * t;
+    const unsigned char* head = head_of_block<Kv>(p.pool, DIM, p.table[item.table0 + position / KV_BLOCK], kv_head);
+    const unsigned char* keys = head + Kv::template keys<DIM>();
+    const unsigned char* values = head + Kv::values(DIM) + part * (Kv::values(DIM) / PARTS) + 16 * lane();
     // The values are on their way while the scores are computed.
-    Words4 ahead[WIDTH / 8];
+    Words4 ahead[WIDTH / 8 / Kv::TILES];
 #pragma unroll
-    for (int d = 0; d < WIDTH / 8; d++) ahead[d] = load16_stream(value_row + 8 * d * KV_BLOCK);
+    for (int d = 0; d < WIDTH / 8 / Kv::TILES; d++) ahead[d] = load16_stream(values + 16 * WARP * d);
+    const auto scales = Kv::Scales::load([&](unsigned at) { return load8_stream(head + Kv::bytes(DIM) - 2 * KV_BLOCK + at); });
     attend_block<DIM>(
         flash, queries, position, see, p.softcap,
-        [&](int n, int c) { return load16_stream(key_row + 2 * n * DIM + 32 * c); },
-        [&](int d) { return ahead[d]; });
+        [&](int c, Words4(&key)[4]) {
+#pragma unroll
+          for (int n = 0; n < 4; n += Kv::TILES) {
+            const Words4 loaded = load16_stream(keys + Kv::template key<DIM>(n, c));
+#pragma unroll
+            for (int i = 0; i < Kv::TILES; i++) key[n + i] = Kv::tile(loaded, i);
+          }
+        },
+        [&](int d) { return Kv::tile(ahead[d / Kv::TILES], d % Kv::TILES); }, scales);
   }
   finish_weights(flash);
 
@@ -101,19 +108,24 @@ DEVICE void decode(const Attention& p, unsigned char* queries, float* sums, floa
   }
 }
 
-#define DECODE(name, DIM)                                          \
-  KERNEL(name, 128)(Attention p) {                                 \
-    SHARED(unsigned char, queries, (DIM / 32 * 2 * WARP * 16));    \
-    SHARED(float, sums, 16 * DIM);                                 \
-    SHARED(float, states, DECODE_WARPS * 16 * 2);                  \
-    decode<DIM>(p, queries, sums, states);                         \
-  }                                                                \
+#define DECODE(name, Kv, DIM)                                   \
+  KERNEL(name, 128)(Attention p) {                              \
+    SHARED(unsigned char, queries, (DIM / 32 * 2 * WARP * 16)); \
+    SHARED(float, sums, 16 * DIM);                              \
+    SHARED(float, states, DECODE_WARPS * 16 * 2);               \
+    decode<Kv, DIM>(p, queries, sums, states);                  \
+  }                                                             \
   EXPORT(name)
-DECODE(decode_32, 32)
-DECODE(decode_64, 64)
-DECODE(decode_96, 96)
-DECODE(decode_128, 128)
-DECODE(decode_256, 256)
+DECODE(decode_32, KvBf16, 32)
+DECODE(decode_64, KvBf16, 64)
+DECODE(decode_96, KvBf16, 96)
+DECODE(decode_128, KvBf16, 128)
+DECODE(decode_256, KvBf16, 256)
+DECODE(decode_fp8_32, KvFp8, 32)
+DECODE(decode_fp8_64, KvFp8, 64)
+DECODE(decode_fp8_96, KvFp8, 96)
+DECODE(decode_fp8_128, KvFp8, 128)
+DECODE(decode_fp8_256, KvFp8, 256)
 
 /// Puts the pieces of sequences together: grid (merge, kv head), a block for 16 query rows. `items` are the merges: `slot`
 /// the first of the pieces' slots, `end` their number.

@@ -58,6 +58,13 @@ DEVICE unsigned pack_f16(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
 }
+/// Products of two pairs of bf16, each rounded once; subnormal numbers count.
+DEVICE unsigned multiply_bf16(unsigned a, unsigned b) {
+  unsigned y;
+  // With minus zero, the sum of which with a zero has the zero's sign.
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(0x80008000u));
+  return y;
+}
 
 /// e^x and 2^x to about two units in the last place; the emulated body computes them exactly rounded.
 DEVICE float fast_exp(float x) { return __expf(x); }

@@ -25,13 +25,8 @@ constexpr unsigned ROPE_WARPS = 4;
 /// Pairs of dimensions that a lane holds: heads of up to 256 dimensions.
 constexpr unsigned LANE_PAIRS = 4;
 
-DEVICE bf16 finite_bf16(float x) {
-  // The largest finite bf16; what is not a number becomes its negative.
-  const float largest = float_of_bits(0x7f7f0000u);
-  return to_bf16(fmaxf(fminf(x, largest), -largest));
-}
-
-KERNEL(rope_store, 128)(RopeStore p) {
+template <class Kv>
+DEVICE void turn_and_store(const RopeStore& p) {
   const unsigned row = blockIdx.x, position = p.positions[row];
   const unsigned head = blockIdx.y * ROPE_WARPS + warp(), kv_heads = p.pool.kv_heads;
   if (position == NO_POSITION || head >= p.heads + 2 * kv_heads) return;
@@ -39,8 +34,11 @@ KERNEL(rope_store, 128)(RopeStore p) {
   float* x = p.qkv + ((size_t)row * (p.heads + 2 * kv_heads) + head) * p.head_dim;
 
   if (head >= p.heads + kv_heads) {
-    bf16* values = head_of_block(p.pool, place / KV_BLOCK, head - p.heads - kv_heads) + KV_BLOCK * p.pool.dim;
-    for (unsigned d = lane(); d < p.head_dim; d += WARP) values[d * KV_BLOCK + slot] = finite_bf16(x[d]);
+    float largest = 0.0f;
+    for (unsigned d = lane(); d < p.head_dim; d += WARP) largest = fmaxf(largest, fabsf(x[d]));
+    unsigned char* to = head_of_block<Kv>(p.pool, p.pool.dim, place / KV_BLOCK, head - p.heads - kv_heads);
+    const typename Kv::Writer writer(to, p.pool.dim, slot, 1, largest);
+    for (unsigned d = lane(); d < p.head_dim; d += WARP) writer.value(d, x[d]);
     return;
   }
   // Pair i of the head: dimensions that turn together, or two neighbours behind the rotary ones.
@@ -82,17 +80,31 @@ KERNEL(rope_store, 128)(RopeStore p) {
       second[i] = b * cos + a * sin;
     }
   }
-  bf16* keys = query ? nullptr : head_of_block(p.pool, place / KV_BLOCK, head - p.heads) + slot * p.pool.dim;
+  if (query) {
+#pragma unroll
+    for (unsigned i = 0; i < LANE_PAIRS; i++) {
+      if (lane() + i * WARP >= all_pairs) continue;
+      x[first_at[i]] = first[i] * p.query_scale;
+      x[second_at[i]] = second[i] * p.query_scale;
+    }
+    return;
+  }
+  float largest = 0.0f;
+#pragma unroll
+  for (unsigned i = 0; i < LANE_PAIRS; i++) {
+    if (lane() + i * WARP < all_pairs) largest = fmaxf(largest, fmaxf(fabsf(first[i]), fabsf(second[i])));
+  }
+  unsigned char* to = head_of_block<Kv>(p.pool, p.pool.dim, place / KV_BLOCK, head - p.heads);
+  const typename Kv::Writer writer(to, p.pool.dim, slot, 0, largest);
 #pragma unroll
   for (unsigned i = 0; i < LANE_PAIRS; i++) {
     if (lane() + i * WARP >= all_pairs) continue;
-    if (query) {
-      x[first_at[i]] = first[i] * p.query_scale;
-      x[second_at[i]] = second[i] * p.query_scale;
-    } else {
-      keys[first_at[i]] = finite_bf16(first[i]);
-      keys[second_at[i]] = finite_bf16(second[i]);
-    }
+    writer.key(first_at[i], first[i]);
+    writer.key(second_at[i], second[i]);
   }
 }
+
+KERNEL(rope_store, 128)(RopeStore p) { turn_and_store<KvBf16>(p); }
 EXPORT(rope_store)
+KERNEL(rope_store_fp8, 128)(RopeStore p) { turn_and_store<KvFp8>(p); }
+EXPORT(rope_store_fp8)

@@ -93,8 +93,8 @@ fn a_recorded_pass_reads_what_it_was_told_last() {
         assert_eq!(rows(&mut rig, out), rows(&mut plain, out), "{tokens:?}");
         assert_eq!(rows(&mut rig, qkv), rows(&mut plain, qkv), "{tokens:?}");
         // Position i of the blocks: the only one that the other backend has written.
-        let ((got, width), (expected, _)) = (rig.backend.pool_values(rig.kv), plain.backend.pool_values(plain.kv));
-        let key = |values: &[u16], block: usize| values[(block * 2 * 32 + i) * width..][..width].to_vec();
+        let ((got, width), (expected, _)) = (rig.backend.pool_bytes(rig.kv), plain.backend.pool_bytes(plain.kv));
+        let key = |bytes: &[u8], block: usize| bytes[(block * 2 * 32 + i) * width * 2..][..2 * width].to_vec();
         for block in 0..8 {
             assert_eq!(key(&got, block), key(&expected, block), "block {block} in step {i}");
             assert_eq!(key(&got, block).iter().any(|&x| x != 0), (2..2 + tokens.len()).contains(&block));

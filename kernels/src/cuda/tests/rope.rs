@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::{backend, get, set};
+use super::{backend, fp8, get, set};
 use crate::cpu::tests::noise;
 use crate::kv::{BLOCK_SIZE, BlockId, KvLayout, KvType, SeqSpan};
 use crate::{Backend, Error, HeadShape, RopePairs, RopeStore};
@@ -14,6 +14,7 @@ const ROWS: usize = 77;
 struct World {
     shape: HeadShape,
     pairs: RopePairs,
+    ty: KvType,
     inv_freq: Vec<f64>,
     norm: Option<(Vec<f32>, Vec<f32>)>,
     spans: Vec<SeqSpan>,
@@ -24,7 +25,7 @@ struct World {
 struct Outcome {
     before: Vec<Vec<f32>>,
     qkv: Vec<Vec<f32>>,
-    kv: Vec<u16>,
+    kv: Vec<u8>,
     width: usize,
 }
 
@@ -36,6 +37,7 @@ impl World {
         Self {
             shape: HeadShape { heads, kv_heads, head_dim },
             pairs,
+            ty: KvType::F16,
             inv_freq: (0..rotary_dim / 2).map(|i| 10_000_f64.powf(-2.0 * i as f64 / rotary_dim as f64)).collect(),
             norm: None,
             spans,
@@ -46,8 +48,7 @@ impl World {
     fn try_run(&self) -> Result<Outcome, Error> {
         let mut backend = backend();
         let rope = backend.load_rope(&self.inv_freq, SCALE, 100)?;
-        let layout =
-            KvLayout { layers: 3, kv_heads: self.shape.kv_heads, head_dim: self.shape.head_dim, ty: KvType::F16 };
+        let layout = KvLayout { layers: 3, kv_heads: self.shape.kv_heads, head_dim: self.shape.head_dim, ty: self.ty };
         let kv = backend.alloc_kv(layout, 8)?;
         let qkv = backend.alloc_buffer(ROWS, self.shape.qkv_cols())?;
         set(&mut backend, qkv, ROWS, |row, col| noise(row * 10_007 + col));
@@ -68,7 +69,7 @@ impl World {
             spans: &self.spans,
             block_table: &self.table,
         })?;
-        let (kv, width) = backend.pool_values(kv);
+        let (kv, width) = backend.pool_bytes(kv);
         Ok(Outcome { before, qkv: get(&mut backend, qkv, ROWS), kv, width })
     }
 
@@ -97,6 +98,7 @@ impl World {
         let HeadShape { heads, kv_heads, head_dim: d } = self.shape;
         let close =
             |got: f64, expected: f64, relative: f64| (got - expected).abs() <= relative * (expected.abs() + 1.0);
+        let layout = KvLayout { layers: 3, kv_heads, head_dim: outcome.width, ty: self.ty };
         let mut written = vec![false; outcome.kv.len()];
         for span in &self.spans {
             for i in 0..span.rows as usize {
@@ -112,18 +114,36 @@ impl World {
                 let block = self.table[span.table0 as usize + position / BLOCK_SIZE].0 as usize;
                 let slot = position % BLOCK_SIZE;
                 for head in 0..kv_heads {
-                    let start = ((block * 3 + 1) * kv_heads + head) * 2 * outcome.width * BLOCK_SIZE;
+                    let start = ((block * 3 + 1) * kv_heads + head) * 2 * layout.head_words();
+                    let values = &before[(heads + kv_heads + head) * d..][..d];
                     let expected =
                         self.turned(&before[(heads + head) * d..][..d], self.norm.as_ref().map(|n| &n.1), position);
+                    if self.ty == KvType::Fp8 {
+                        let parts = [0, 1].map(|part| {
+                            let at = |dim| fp8::place(outcome.width, part, (slot, dim));
+                            written[start + at(0).1] = true;
+                            (0..d).for_each(|dim| written[start + at(dim).0] = true);
+                            (outcome.kv[start + at(0).1], (0..d).map(|dim| outcome.kv[start + at(dim).0]).collect())
+                        });
+                        let [keys, stored]: [(u8, Vec<u8>); 2] = parts;
+                        assert_eq!(stored, fp8::codes(values), "value {row} {head}");
+                        let scale = 2f64.powi(i32::from(keys.0) - 127);
+                        for (dim, (&code, expected)) in keys.1.iter().zip(expected).enumerate() {
+                            let key = fp8::element(keys.0, code);
+                            // Half a step of the code, which is below 2^-6 that of the smallest normal one.
+                            let room = (expected.abs() / 16.0).max(scale / 1024.0) + 4e-6;
+                            assert!((key - expected).abs() <= room, "key {row} {head} {dim}: {key} {expected}");
+                        }
+                        continue;
+                    }
+                    let at = |element: usize| start + 2 * element;
+                    let read = |at: usize| u16::from_le_bytes([outcome.kv[at], outcome.kv[at + 1]]);
                     for dim in 0..d {
-                        let at = start + slot * outcome.width + dim;
-                        let key = f64::from(bf16::from_bits(outcome.kv[at]).to_f32());
+                        let places = [slot * outcome.width + dim, (outcome.width + dim) * BLOCK_SIZE + slot].map(at);
+                        let key = f64::from(bf16::from_bits(read(places[0])).to_f32());
                         assert!(close(key, expected[dim], 4e-3), "key {row} {head} {dim}: {key} {}", expected[dim]);
-                        written[at] = true;
-                        let at = start + (outcome.width + dim) * BLOCK_SIZE + slot;
-                        let value = bf16::from_f32(before[(heads + kv_heads + head) * d + dim]).to_bits();
-                        assert_eq!(outcome.kv[at], value, "value {row} {head} {dim}");
-                        written[at] = true;
+                        assert_eq!(read(places[1]), bf16::from_f32(values[dim]).to_bits(), "value {row} {head} {dim}");
+                        places.iter().for_each(|&at| written[at..at + 2].fill(true));
                     }
                 }
             }
@@ -147,10 +167,14 @@ fn rows_turn_and_land_where_they_belong() {
     for (shape, rotary_dim) in shapes {
         for pairs in [RopePairs::Interleaved, RopePairs::Halves] {
             let mut world = World::new(shape, rotary_dim, pairs);
-            world.check();
             let weight = |seed| (0..shape.2).map(|i| noise(seed + i) * 0.1 + 1.0).collect();
-            world.norm = Some((weight(10), weight(500)));
-            world.check();
+            for norm in [None, Some((weight(10), weight(500)))] {
+                world.norm = norm;
+                for ty in [KvType::F16, KvType::Fp8] {
+                    world.ty = ty;
+                    world.check();
+                }
+            }
         }
     }
 }

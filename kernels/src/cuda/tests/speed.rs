@@ -91,18 +91,20 @@ fn products() {
 fn attention() {
     let (divisor, repeats) = scale(&backend());
     println!(
-        "{:<14} {:>9} {:>9} {:>6} {:>10} {:>10} {:>10}",
-        "heads", "sequences", "context", "rows", "us", "GB/s", "TFLOP/s"
+        "{:<14} {:>4} {:>9} {:>9} {:>6} {:>10} {:>10} {:>10}",
+        "heads", "kv", "sequences", "context", "rows", "us", "GB/s", "TFLOP/s"
     );
+    let steps =
+        [(1, 512, 1), (1, 8192, 1), (32, 512, 1), (32, 2048, 1), (64, 2048, 1), (1, 2048, 2048), (4, 2048, 512)];
     for (heads, kv_heads, head_dim) in [(32, 8, 64), (32, 8, 128)] {
-        for (sequences, context, rows) in
-            [(1, 512, 1), (1, 8192, 1), (32, 512, 1), (32, 2048, 1), (64, 2048, 1), (1, 2048, 2048), (4, 2048, 512)]
+        for ((sequences, context, rows), ty) in
+            steps.into_iter().flat_map(|step| [KvType::F16, KvType::Fp8].map(|ty| (step, ty)))
         {
             let (context, rows): (usize, usize) = ((context / divisor).max(40), (rows / divisor).max(1));
             let mut backend = backend();
             let shape = HeadShape { heads, kv_heads, head_dim };
             let blocks = context.div_ceil(BLOCK_SIZE);
-            let layout = KvLayout { layers: 1, kv_heads, head_dim, ty: KvType::F16 };
+            let layout = KvLayout { layers: 1, kv_heads, head_dim, ty };
             let kv = backend.alloc_kv(layout, blocks * sequences).unwrap();
             let rope = backend.load_rope(&[], 1.0, context).unwrap();
             let all = backend.alloc_buffer(context, shape.qkv_cols()).unwrap();
@@ -144,8 +146,9 @@ fn attention() {
             let seen = (context - rows) as f64 + (rows + 1) as f64 / 2.0;
             let flops = 4.0 * (sequences * rows * heads * head_dim) as f64 * seen;
             println!(
-                "{:<14} {sequences:>9} {context:>9} {rows:>6} {:>10.1} {:>10.0} {:>10.1}",
+                "{:<14} {:>4} {sequences:>9} {context:>9} {rows:>6} {:>10.1} {:>10.0} {:>10.1}",
                 format!("{heads}/{kv_heads}x{head_dim}"),
+                if ty == KvType::Fp8 { "fp8" } else { "bf16" },
                 time * 1e6,
                 bytes / time / 1e9,
                 flops / time / 1e12
