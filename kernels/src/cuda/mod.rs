@@ -11,9 +11,11 @@
 mod arenas;
 mod backend;
 mod batch;
+mod cublaslt;
 mod driver;
 mod fields;
 mod graphs;
+mod large;
 mod pass;
 mod pinned;
 mod pool;
