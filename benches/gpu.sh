@@ -44,9 +44,13 @@ step bandwidth 30 "$tests" cuda::driver::tests::copy_bandwidth --ignored --nocap
 
 step kernels 90 "$tests" cuda::tests::speed --ignored --nocapture --test-threads=1 && say "" && say "## kernels" &&
   say "$(grep -hvE '^(running|test |cuda tests|$)' "$out/kernels.log")"
+if step kernels-own 60 env CUPOLA_CUBLASLT=off "$tests" cuda::tests::speed::products --ignored --nocapture; then
+  say "" && say "products by kernels of our own alone, from 512 rows:"
+  say "$(grep -hE '^matrix products| (512|2048) ' "$out/kernels-own.log")"
+fi
 
-# 2. The decoder alone, with decoding steps recorded as graphs and without. `bandwidth` is what a step reads, per second, as a
-# share of what the device copies.
+# 2. The decoder alone, with decoding steps recorded as graphs and without, and prefill with cuBLASLt (where it is found: the
+# column of the backend says so) and without. `bandwidth` is what a step reads, per second, as a share of what the device copies.
 for model in "${models[@]}"; do
   name=kernel-$(basename "$model")
   if step "$name" 110 "$cupola" bench kernel -m "$model" --load-format dummy --device cuda -p 512,2048 -n 64 -b 1,8,32 --chunk 2048 -r 3; then
@@ -54,6 +58,9 @@ for model in "${models[@]}"; do
   fi
   if step "$name-eager" 80 "$cupola" bench kernel -m "$model" --load-format dummy --device cuda --enforce-eager -p 0 -n 64 -b 1,8,32 -r 3; then
     say "" && say "without graphs:" && say "$(grep -h '|' "$out/$name-eager.log")"
+  fi
+  if step "$name-own" 80 env CUPOLA_CUBLASLT=off "$cupola" bench kernel -m "$model" --load-format dummy --device cuda -p 512,2048 -n 0 --chunk 2048 -r 3; then
+    say "" && say "prefill by kernels of our own alone:" && say "$(grep -h '|' "$out/$name-own.log")"
   fi
 done
 

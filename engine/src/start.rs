@@ -77,6 +77,9 @@ impl Engine {
             tracing::warn!(%error, "the next start will pack the weights again");
         }
         tracing::info!(backend = decoder.describe_backend(), bytes = decoder.allocated_bytes(), "model loaded");
+        if let Some(products) = decoder.describe_products() {
+            tracing::info!("matrix products: {products}");
+        }
         let setup = EngineSetup { text: Arc::new(model.tokenizer.clone()), eos: model.info.eos_tokens.clone(), plan };
         Self::start(Box::new(decoder), setup, config)
     }

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Builds the emulated driver: OUT_DIR/libcuda.so.1, with every kernel of the source folder compiled in. Needs g++ on x86-64.
+# Builds the emulated driver: OUT_DIR/libcuda.so.1, with every kernel of the source folder compiled in, and beside it the
+# stand-in for cuBLASLt. Needs g++ on x86-64.
 #   build.sh OUT_DIR [SOURCE_DIR]
 # Each unit (*.cu) is wrapped in a namespace of its own, as nvcc compiles it on its own. Objects are kept and made again
 # only when something they are made of is newer.
@@ -42,4 +43,9 @@ done
 if [ -n "$changed" ] || [ ! -f "$out/libcuda.so.1" ]; then
   g++ -shared -Wl,-soname,libcuda.so -Wl,-z,defs -o "$out/libcuda.so.1.new" $objects
   mv "$out/libcuda.so.1.new" "$out/libcuda.so.1"
+fi
+# Its driver is the one that is loaded already.
+if [ -n "$changed" ] || [ ! -f "$out/libcublasLt.so.13" ] || [ "$here/cublaslt/cublaslt.cpp" -nt "$out/libcublasLt.so.13" ]; then
+  g++ $flags -O3 -shared -Wl,-soname,libcublasLt.so.13 -Wl,-z,defs -o "$out/libcublasLt.so.13.new" "$here/cublaslt/cublaslt.cpp" "$out/libcuda.so.1"
+  mv "$out/libcublasLt.so.13.new" "$out/libcublasLt.so.13"
 fi

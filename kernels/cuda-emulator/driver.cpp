@@ -303,6 +303,11 @@ Result cuMemGetInfo_v2(size_t* left, size_t* total) {
   *total = emu::total_memory();
   return sticky;
 }
+Result cuMemGetAddressRange_v2(Pointer* start, size_t* bytes, Pointer at) {
+  uintptr_t first = 0;
+  if (!emu::allocation_of((uintptr_t)at, &first, bytes)) return NOT_FOUND;
+  return *start = first, SUCCESS;
+}
 Result cuMemHostAlloc(void** at, size_t bytes, unsigned) {
   std::lock_guard<std::recursive_mutex> held(lock);
   if (Result result = not_captured()) return result;
@@ -445,6 +450,11 @@ Result cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, uns
     if (file_says_fail()) return emu::ILLEGAL_ADDRESS;
     return emu::run_grid(kernel, body, shape);
   });
+}
+
+/// A function of the host, called when the stream gets there.
+Result cuLaunchHostFunc(void* stream, void (*function)(void*), void* data) {
+  return submit(stream, [=] { return function(data), SUCCESS; });
 }
 
 // ---- graphs: the work of a captured stream, done again at each launch ----

@@ -93,6 +93,16 @@ int release(uintptr_t at) {
   return torn ? 700 : 0;
 }
 
+bool allocation_of(uintptr_t at, uintptr_t* start, size_t* bytes) {
+  std::lock_guard<std::mutex> held(lock);
+  auto after = allocations.upper_bound(at);
+  if (after == allocations.begin()) return false;
+  auto& [first, allocation] = *--after;
+  *start = first;
+  *bytes = allocation.bytes;
+  return at < first + allocation.bytes;
+}
+
 bool is_device_range(uintptr_t at, size_t bytes) {
   std::lock_guard<std::mutex> held(lock);
   auto after = allocations.upper_bound(at);

@@ -18,6 +18,9 @@ struct Guarded {
 int allocate(size_t bytes, uintptr_t* at);
 int release(uintptr_t at);
 
+/// Start and size of the allocation that a byte lies in; false when there is none.
+bool allocation_of(uintptr_t at, uintptr_t* start, size_t* bytes);
+
 /// True when all of the range lies in one allocation.
 bool is_device_range(uintptr_t at, size_t bytes);
 

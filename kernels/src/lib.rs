@@ -279,6 +279,11 @@ pub trait Backend: Send {
     /// One line for people: device, instruction set, threads.
     fn describe(&self) -> String;
 
+    /// What multiplies matrices of many rows, for people, where that is found at run time.
+    fn describe_products(&self) -> Option<String> {
+        None
+    }
+
     /// Worker threads that run an op (1 for a device that is not the CPU).
     fn threads(&self) -> usize;
 

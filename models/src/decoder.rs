@@ -169,6 +169,11 @@ impl Decoder {
         self.backend.describe()
     }
 
+    /// What multiplies matrices of many rows, for people, where that is found at run time.
+    pub fn describe_products(&self) -> Option<String> {
+        self.backend.describe_products()
+    }
+
     /// Bytes held in weights, arenas and key/value pool.
     pub fn allocated_bytes(&self) -> u64 {
         self.backend.allocated_bytes()

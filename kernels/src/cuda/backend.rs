@@ -3,7 +3,7 @@
 //! ```text
 //!   CudaBackend ── Device (stream, kernels)
 //!     ├── arenas    buffers f32 [rows, cols] · acts bf16 [rows, cols to a multiple of 32, zeros behind]
-//!     ├── weights   Linear: tiles of bf16 or quants          products: small_* | expand_* + tile_*
+//!     ├── weights   Linear: tiles of bf16 or quants          products: small_* | expand_* + tile_* | plain_* + cuBLASLt
 //!     ├── samplers  what draws tokens               sample_*
 //!     ├── pools     bf16 or fp8, heads padded to a width that has kernels
 //!     ├── passes    what ops read of rows and sequences      embed, rope_store, decode_*, prefill_*, attention_merge
@@ -23,6 +23,7 @@ use super::driver::{Arg, Device, DeviceBytes, Launch};
 use super::fields::{Fields, NULL};
 use super::graphs::{Graphs, Next};
 use super::host_rows::HostRows;
+use super::large::Large;
 use super::pass::Passes;
 use super::pinned::Pinned;
 use super::pool::{NO_WINDOW, Pool, launch_attention};
@@ -51,6 +52,7 @@ pub struct CudaBackend {
     passes: Passes,
     graphs: Graphs,
     expanded: Expanded,
+    large: Large,
     /// Best value and feature of each panel.
     panels: Option<[DeviceBytes; 2]>,
     /// Results of `linear_argmax`, there and here.
@@ -72,6 +74,7 @@ impl CudaBackend {
     /// A backend on an open device.
     pub(super) fn on(device: Device) -> Result<Self> {
         Ok(Self {
+            large: Large::new(&device),
             device,
             vectors: Vec::new(),
             linears: Vec::new(),
@@ -140,6 +143,11 @@ impl CudaBackend {
         self.passes.copies
     }
 
+    /// What takes products of many rows.
+    pub(super) fn large(&mut self) -> &mut Large {
+        &mut self.large
+    }
+
     /// The content of a pool, and the width of its heads.
     pub(super) fn pool_bytes(&self, kv: KvId) -> (Vec<u8>, usize) {
         let pool = &self.pools[kv.0 as usize];
@@ -172,6 +180,10 @@ impl Backend for CudaBackend {
         let info = self.device.info();
         let (major, minor) = info.capability;
         format!("cuda:{}, {}, compute capability {major}.{minor}", info.ordinal, info.name)
+    }
+
+    fn describe_products(&self) -> Option<String> {
+        Some(self.large.describe())
     }
 
     fn threads(&self) -> usize {
@@ -226,6 +238,7 @@ impl Backend for CudaBackend {
     }
 
     fn alloc_act(&mut self, rows: usize, cols: usize) -> Result<ActId> {
+        self.large.fit(&mut self.device, rows)?;
         let stride = act_stride(cols);
         let values = self.device.alloc_zeroed(rows.saturating_mul(stride).saturating_mul(2), "activations")?;
         let id = ActId(next_id(&self.acts));
@@ -357,7 +370,7 @@ impl Backend for CudaBackend {
         let out = &self.buffers[out.0 as usize];
         out.check(OP, rows, weight.rows)?;
         let out = Output { memory: &out.values, stride: out.cols, index: None };
-        product(&mut self.device, &self.expanded, weight, x, epilogue.into(), out)
+        product(&mut self.device, (&self.expanded, &mut self.large), weight, x, epilogue.into(), out)
     }
 
     fn gate_up(
@@ -380,7 +393,7 @@ impl Backend for CudaBackend {
         out.check(OP, rows, weight.rows / 2)?;
         out.ready = rows;
         let out = Output { memory: &out.values, stride: out.stride, index: None };
-        product(&mut self.device, &self.expanded, weight, x, f.into(), out)
+        product(&mut self.device, (&self.expanded, &mut self.large), weight, x, f.into(), out)
     }
 
     fn rope_store(&mut self, op: RopeStore<'_>) -> Result<()> {
@@ -488,7 +501,7 @@ impl Backend for CudaBackend {
         let panels = weight.panels();
         let [values, features] = self.panels.as_ref().expect("`fit_argmax` made them");
         let output = Output { memory: values, stride: panels, index: Some(features) };
-        product(&mut self.device, &self.expanded, weight, x, Finish::Argmax, output)?;
+        product(&mut self.device, (&self.expanded, &mut self.large), weight, x, Finish::Argmax, output)?;
         let kernel = self.device.kernel("elementwise", "argmax")?;
         let (there, here) = self.chosen.as_mut().expect("`fit_argmax` made it");
         let args = [values.at(0), features.at(0), there.at(4 * first), Arg::U32(panels as u32)];

@@ -11,10 +11,12 @@
 mod arenas;
 mod backend;
 mod batch;
+mod cublaslt;
 mod driver;
 mod fields;
 mod graphs;
 mod host_rows;
+mod large;
 mod pass;
 mod pinned;
 mod pool;

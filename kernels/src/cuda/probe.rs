@@ -52,6 +52,12 @@ pub fn use_driver(library: &Path) -> bool {
     NAMED.get().is_none() && FOUND.get().is_none() && NAMED.set(library.to_owned()).is_ok()
 }
 
+/// The driver library that was named, if one was.
+pub(super) fn named_driver() -> Option<PathBuf> {
+    let variable = std::env::var_os(DRIVER_VARIABLE).filter(|name| !name.is_empty());
+    variable.map(PathBuf::from).or_else(|| NAMED.get().cloned())
+}
+
 static NAMED: OnceLock<PathBuf> = OnceLock::new();
 static FOUND: OnceLock<Result<Vec<DeviceInfo>, String>> = OnceLock::new();
 
@@ -64,8 +70,7 @@ pub fn devices() -> Result<Vec<DeviceInfo>, String> {
 }
 
 fn find() -> Result<Vec<DeviceInfo>, String> {
-    let variable = std::env::var_os(DRIVER_VARIABLE).filter(|name| !name.is_empty());
-    let library = Library::open(variable.as_deref().or(NAMED.get().map(|path| path.as_os_str())))?;
+    let library = Library::open(named_driver().as_deref().map(Path::as_os_str))?;
     // cudarc looks a function up when it is first called and panics where it is missing. All that are called were looked
     // for before; this is for the case that cudarc has found another library than the one looked at.
     std::panic::catch_unwind(|| ask_driver(&library))
@@ -174,7 +179,7 @@ impl Library {
 }
 
 /// What the loader says about the last thing that failed.
-fn loader_says() -> String {
+pub(super) fn loader_says() -> String {
     // SAFETY: takes no argument; the text belongs to this thread until its next call of the loader.
     let text = unsafe { libc::dlerror() };
     if text.is_null() {

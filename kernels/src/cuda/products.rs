@@ -3,15 +3,17 @@
 //! ```text
 //!   up to 64 rows   small_*   every format, weights read once, panels x 1
 //!   more            tile_*    bf16; quants are first expanded into a scratch that stays in the L2 cache, some panels at a time
+//!   from 512        cuBLASLt, where it is found (`large.rs`)
 //! ```
 //!
-//! Which kernel runs depends on the number of rows, so a row's bits may differ between the two ranges; within the first they
+//! Which kernel runs depends on the number of rows, so a row's bits may differ between the ranges; within the first they
 //! do not depend on the number of rows at all.
 
 use std::ops::Range;
 
 use super::driver::{Arg, Device, DeviceBytes, Launch};
 use super::fields::{Fields, NULL};
+use super::large::Large;
 use super::weights::{Format, Linear, Part, TILE_COLS, TILE_ROWS};
 use crate::{Epilogue, GateFn, Result, WeightType};
 
@@ -110,7 +112,7 @@ pub fn expanded_bytes(ty: WeightType, rows: usize, cols: usize) -> usize {
 /// Those of [`Device::launch`].
 pub(super) fn product(
     device: &mut Device,
-    expanded: &Expanded,
+    (expanded, large): (&Expanded, &mut Large),
     weight: &Linear,
     x: Input<'_>,
     finish: Finish,
@@ -121,16 +123,9 @@ pub(super) fn product(
         let call = Call { weight, part, x, finish, out, panels_before };
         if x.rows <= SMALL_ROWS || finish == Finish::Argmax {
             call.small(device)?;
-        } else if part.format == Format::Bf16 {
-            call.tiles(device, &part.tiles, 0..part.panels)?;
         } else {
-            let memory = expanded.memory.as_ref().expect("`fit` was called when the matrix was loaded");
-            let step = Expanded::panels(weight.blocks());
-            for start in (0..part.panels).step_by(step) {
-                let panels = start..part.panels.min(start + step);
-                call.expand(device, memory, panels.clone())?;
-                call.tiles(device, memory, panels)?;
-            }
+            let done = large.product(device, &call)?;
+            call.many(device, expanded, done..part.panels)?;
         }
         panels_before += part.panels;
     }
@@ -138,12 +133,12 @@ pub(super) fn product(
 }
 
 /// A product with one part of a matrix.
-struct Call<'a> {
-    weight: &'a Linear,
-    part: &'a Part,
-    x: Input<'a>,
-    finish: Finish,
-    out: Output<'a>,
+pub(super) struct Call<'a> {
+    pub(super) weight: &'a Linear,
+    pub(super) part: &'a Part,
+    pub(super) x: Input<'a>,
+    pub(super) finish: Finish,
+    pub(super) out: Output<'a>,
     /// Of the parts before this one.
     panels_before: usize,
 }
@@ -203,8 +198,28 @@ impl Call<'_> {
         device.launch(&kernel, Launch { grid, block: 256, shared: 0 }, &[Arg::Fields(fields)])
     }
 
+    /// These panels, with more rows than the small kernels take.
+    fn many(&self, device: &mut Device, expanded: &Expanded, panels: Range<usize>) -> Result<()> {
+        let blocks = self.weight.blocks();
+        if panels.is_empty() {
+            return Ok(());
+        }
+        if self.part.format == Format::Bf16 {
+            let first = self.part.tiles.at(panels.start * blocks * Format::Bf16.tile_bytes());
+            return self.tiles(device, first, panels);
+        }
+        let memory = expanded.memory.as_ref().expect("`fit` was called when the matrix was loaded");
+        let step = Expanded::panels(blocks);
+        for start in panels.clone().step_by(step) {
+            let panels = start..panels.end.min(start + step);
+            self.expand(device, memory, panels.clone())?;
+            self.tiles(device, memory.at(0), panels)?;
+        }
+        Ok(())
+    }
+
     /// bf16 tiles of these panels, which begin at `tiles`.
-    fn tiles(&self, device: &mut Device, tiles: &DeviceBytes, panels: Range<usize>) -> Result<()> {
+    fn tiles(&self, device: &mut Device, tiles: Arg, panels: Range<usize>) -> Result<()> {
         const STAGES: usize = 4;
         let rows = self.x.rows;
         let blocks_of = |size: usize| (rows.div_ceil(size) as u32, (panels.len() * 16).div_ceil(size) as u32);
@@ -218,7 +233,7 @@ impl Call<'_> {
         let shared = (STAGES * 2 * size * 64) as u32;
         let kernel = device.kernel("gemm_tile", name)?;
         device.allow_shared(&kernel, shared)?;
-        let fields = self.fields(tiles.at(0), NULL, panels);
+        let fields = self.fields(tiles, NULL, panels);
         device.launch(&kernel, Launch { grid, block: 128, shared }, &[Arg::Fields(fields)])
     }
 

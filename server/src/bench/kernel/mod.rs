@@ -186,6 +186,9 @@ pub fn run(
         watch(&test);
         let samples = runner.measure(&test, options.repetitions)?;
         let mut backend = runner.decoder.describe_backend();
+        if let Some(products) = runner.decoder.describe_products() {
+            backend.push_str(&format!(", {products}"));
+        }
         if options.kv_type != KvType::default() {
             backend.push_str(&format!(", {} kv", options.kv_type.name()));
         }
