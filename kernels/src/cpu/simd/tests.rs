@@ -4,9 +4,14 @@ use super::{EXP_MIN, Kernel, LANES, Scalar, Simd, dispatch};
 use crate::cpu::isa::Isa;
 use half::f16;
 
-/// The instruction sets that this machine can run, printed so that a missing one is seen.
+/// The instruction sets to test: all that this machine can run, or the one that `CUPOLA_TEST_ISA` names, for an emulator that
+/// has no time for the others. Printed so that a missing one is seen.
 pub(crate) fn runnable() -> Vec<Isa> {
-    let runnable = Isa::available();
+    let mut runnable = Isa::available();
+    if let Ok(only) = std::env::var("CUPOLA_TEST_ISA") {
+        runnable.retain(|isa| isa.name() == only);
+        assert!(!runnable.is_empty(), "CUPOLA_TEST_ISA is {only:?}, which this CPU does not have");
+    }
     println!("instruction sets covered: {runnable:?}");
     runnable
 }
