@@ -15,6 +15,7 @@ mod act;
 mod attention;
 mod gemm;
 mod isa;
+mod lookahead;
 mod norm;
 mod packed;
 mod pool;
@@ -111,6 +112,8 @@ pub struct CpuBackend {
     argmax: ArgmaxScratch,
     /// Results of `linear_argmax`.
     chosen: Vec<u32>,
+    /// The matrix that was used last.
+    last: Option<LinearId>,
 }
 
 impl CpuBackend {
@@ -137,6 +140,7 @@ impl CpuBackend {
             store_scratch: StoreScratch::default(),
             argmax: ArgmaxScratch::default(),
             chosen: Vec::new(),
+            last: None,
         })
     }
 
@@ -159,6 +163,16 @@ impl CpuBackend {
     fn fit_scratch(&mut self, cols: usize) -> Result<()> {
         (0..self.machine.work.len())
             .try_for_each(|worker| scratch(&self.machine.work, worker).fit(self.machine.isa, cols))
+    }
+
+    /// Notes that a matrix is used, and has idle workers fetch the one that followed it last time.
+    fn used(&mut self, weight: LinearId, rows: usize) {
+        if let Some(last) = self.last.replace(weight) {
+            self.linears[last.0 as usize].next = Some(weight);
+        }
+        if let Some(next) = self.linears[weight.0 as usize].next {
+            self.machine.expect(&self.store, &self.linears[next.0 as usize], rows);
+        }
     }
 
     /// What a consumer of `cols` columns needs its activations as.
@@ -337,6 +351,7 @@ impl Backend for CpuBackend {
 
     fn linear(&mut self, x: ActId, rows: usize, weight: LinearId, epilogue: Epilogue, out: BufferId) -> Result<()> {
         const OP: &str = "linear";
+        self.used(weight, rows);
         let weight = &self.linears[weight.0 as usize];
         check_order(OP, weight.order, PartOrder::Concat)?;
         let act = &self.acts[x.0 as usize];
@@ -359,6 +374,7 @@ impl Backend for CpuBackend {
         out: ActId,
     ) -> Result<()> {
         const OP: &str = "gate_up";
+        self.used(weight, rows);
         let weight = &self.linears[weight.0 as usize];
         check_order(OP, weight.order, PartOrder::GateUp)?;
         let form = self.consumer(OP, consumer, weight.rows / 2)?;
@@ -429,6 +445,7 @@ impl Backend for CpuBackend {
 
     fn linear_argmax(&mut self, x: ActId, rows: usize, weight: LinearId, first: usize) -> Result<()> {
         const OP: &str = "linear_argmax";
+        self.used(weight, rows);
         let weight = &self.linears[weight.0 as usize];
         check_order(OP, weight.order, PartOrder::Concat)?;
         let act = &self.acts[x.0 as usize];

@@ -3,8 +3,8 @@
 //! ```text
 //!   caller (worker 0)                 shared                           workers 1..n
 //!   write job, chunks, done = 0
-//!   publish ──────────────> ticket = epoch | chunks left <───── spin, yield, park until the epoch changes
-//!   claim chunks by CAS on the ticket                           claim chunks by CAS on the ticket
+//!   publish ─────> of each span: ticket = epoch | chunks left <─ spin, yield, park until the epoch changes
+//!   claim chunks by CAS on a ticket                             claim chunks by CAS on a ticket
 //!   run them, done += 1 each                                    run them, done += 1 each
 //!   wait until done == chunks: spin, yield, park                whoever makes done == chunks wakes the caller
 //! ```
@@ -12,12 +12,17 @@
 //! A job is over when its *chunks* are done, not when every worker has looked at it: a worker that the system has put to
 //! sleep delays nobody unless it holds a chunk.
 //!
-//! **Who touches what.** `job`, `chunks`, `done` and `panic` are written by the caller between jobs only. Workers read
-//! `job` and `chunks`, and then must win a compare-and-swap on `ticket` before they use them.
+//! **Spans.** The chunks of a job are divided into a few spans of consecutive ones, each with a ticket of its own, and every
+//! worker starts with the same span in every job; only when that is claimed it takes chunks of others. So a worker reads
+//! one stretch of a matrix, which the memory gives faster than stretches that change hands, and knows what it will read
+//! next: that it fetches while it waits ([`Lookahead`]). [`Pool::run`] puts all chunks into the first span.
 //!
-//! **Why that is sound.** The ticket holds the epoch and how many of its chunks are unclaimed, so a swap from a count above
-//! zero succeeds only while a chunk of that very epoch is unclaimed. (A count of claimed chunks would not do: whether it is
-//! the last one would depend on `chunks`, which the caller writes before the ticket.) The caller starts the next job only
+//! **Who touches what.** `job`, `chunks`, `done`, `panic` and the ends of spans are written by the caller between jobs only.
+//! Workers read `job`, `chunks` and `end`, and then must win a compare-and-swap on the span's ticket before they use them.
+//!
+//! **Why that is sound.** A ticket holds the epoch and how many of the span's chunks are unclaimed, so a swap from a count
+//! above zero succeeds only while a chunk of that very epoch is unclaimed. (A count of claimed chunks would not do: whether it
+//! is the last one would depend on `end`, which the caller writes before the ticket.) The caller starts the next job only
 //! after it has seen `done == chunks`, and the claimed chunk is counted there only after it ran. So between a won swap and
 //! the matching `done += 1`, the job stays in place, with the borrows that its closure holds, and the fields read before
 //! the swap are its own. Fields read before a *lost* swap may belong to any epoch; they are atomics and are thrown away.
@@ -39,12 +44,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
+use super::lookahead::Lookahead;
+
 /// A job: called with the index of a chunk and the index of the worker that runs it.
 type Job<'a> = &'a (dyn Fn(usize, usize) + Sync);
 
 /// Low bits of the ticket: the chunks left to claim. The rest is the epoch.
 const LEFT_BITS: u32 = 24;
 const LEFT_MASK: u64 = (1 << LEFT_BITS) - 1;
+
+/// Most spans that the chunks of a job are divided into.
+const SPANS: usize = 8;
 
 /// How long a waiting thread spins: about the time between two jobs of one decoder layer.
 const SPIN: Duration = Duration::from_micros(20);
@@ -55,8 +65,19 @@ const YIELDS: u32 = 100;
 #[repr(align(128))]
 struct Line<T>(T);
 
+/// Consecutive chunks that some of the workers claim first.
+#[derive(Default)]
+struct Span {
+    /// Epoch and how many of its chunks are unclaimed: the last ones before `end`.
+    ticket: AtomicU64,
+    end: AtomicU32,
+}
+
 struct Shared {
-    ticket: Line<AtomicU64>,
+    spans: Box<[Line<Span>]>,
+    /// What the workers of each span will read soon.
+    lookaheads: Box<[Line<Lookahead>]>,
+    threads: usize,
     done: Line<AtomicU32>,
     job: AtomicPtr<()>,
     chunks: AtomicU32,
@@ -82,7 +103,9 @@ impl Pool {
     /// When the system refuses a thread.
     pub(crate) fn new(threads: usize) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
-            ticket: Line(AtomicU64::new(0)),
+            spans: (0..threads.clamp(1, SPANS)).map(|_| Line(Span::default())).collect(),
+            lookaheads: (0..threads.clamp(1, SPANS)).map(|_| Line(Lookahead::default())).collect(),
+            threads,
             done: Line(AtomicU32::new(0)),
             job: AtomicPtr::new(std::ptr::null_mut()),
             chunks: AtomicU32::new(0),
@@ -106,23 +129,53 @@ impl Pool {
         self.workers.len() + 1
     }
 
+    /// What the workers of each span will read soon, given the first chunk of [`Pool::run_apart`] that they will run of
+    /// `chunks`: they fetch it while they have nothing to do.
+    pub(crate) fn expect<'a>(&self, chunks: usize, mut bytes: impl FnMut(usize) -> [&'a [u8]; 2]) {
+        for (span, lookahead) in self.shared.lookaheads.iter().enumerate() {
+            lookahead.0.set(bytes(self.span_start(chunks, span)));
+        }
+    }
+
+    /// The first of `chunks` chunks that lies in a span.
+    fn span_start(&self, chunks: usize, span: usize) -> usize {
+        chunks * span / self.shared.spans.len()
+    }
+
     /// Runs `job(chunk, worker)` for every chunk in `0..chunks`; `worker < threads()` is the same for no two chunks that
     /// run at one time. Chunks start in ascending order.
     ///
     /// # Panics
     /// With the payload of a chunk that panicked, after the others are done.
     pub(crate) fn run(&mut self, chunks: usize, job: Job<'_>) {
+        self.publish(chunks, &|_, _| chunks, job);
+    }
+
+    /// As [`Pool::run`], but each worker starts with consecutive chunks of its own, the same ones in every job of as many
+    /// chunks, and takes those of others when its own are claimed.
+    pub(crate) fn run_apart(&mut self, chunks: usize, job: Job<'_>) {
+        self.publish(chunks, &|pool, span| pool.span_start(chunks, span + 1), job);
+    }
+
+    /// Runs a job whose span `i` ends before chunk `end(self, i)`.
+    fn publish(&mut self, chunks: usize, end: &dyn Fn(&Pool, usize) -> usize, job: Job<'_>) {
         if self.workers.is_empty() || chunks <= 1 {
             (0..chunks).for_each(|chunk| job(chunk, 0));
             return;
         }
         assert!(chunks as u64 <= LEFT_MASK, "{chunks} chunks in one job");
-        let shared = &*self.shared;
         self.epoch += 1;
+        let shared = &*self.shared;
         shared.job.store((&raw const job).cast_mut().cast(), Relaxed);
         shared.chunks.store(chunks as u32, Relaxed);
         shared.done.0.store(0, Relaxed);
-        shared.ticket.0.store(self.epoch << LEFT_BITS | chunks as u64, SeqCst);
+        let mut start = 0;
+        for (i, span) in shared.spans.iter().enumerate() {
+            let end = end(self, i);
+            span.0.end.store(end as u32, Relaxed);
+            span.0.ticket.store(self.epoch << LEFT_BITS | (end - start) as u64, SeqCst);
+            start = end;
+        }
         self.wake(chunks - 1);
         shared.claim(self.epoch, 0);
         shared.wait_done(chunks as u32);
@@ -151,7 +204,9 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, SeqCst);
-        self.shared.ticket.0.store((self.epoch + 1) << LEFT_BITS, SeqCst);
+        for span in &self.shared.spans {
+            span.0.ticket.store((self.epoch + 1) << LEFT_BITS, SeqCst);
+        }
         self.wake(usize::MAX);
         for worker in self.workers.drain(..) {
             // A worker catches the panics of its chunks, so it does not end by one.
@@ -164,13 +219,16 @@ impl Shared {
     /// The life of a worker.
     fn work(&self, worker: usize) {
         let mut seen = 0;
+        let own = self.span(worker);
+        let (ticket, lookahead) = (&self.spans[own].0.ticket, &self.lookaheads[own].0);
         loop {
             wait(
-                || self.ticket.0.load(SeqCst) >> LEFT_BITS != seen,
+                lookahead,
+                || ticket.load(SeqCst) >> LEFT_BITS != seen,
                 || self.asleep[worker - 1].0.store(true, SeqCst),
                 || self.asleep[worker - 1].0.store(false, SeqCst),
             );
-            seen = self.ticket.0.load(SeqCst) >> LEFT_BITS;
+            seen = ticket.load(SeqCst) >> LEFT_BITS;
             // After the ticket: it may be a later one than `wait` saw, and the last one comes with `stop`.
             if self.stop.load(SeqCst) {
                 return;
@@ -179,21 +237,35 @@ impl Shared {
         }
     }
 
+    /// The span that a worker starts with.
+    fn span(&self, worker: usize) -> usize {
+        worker * self.spans.len() / self.threads
+    }
+
     /// Claims and runs chunks of `epoch` until none is left.
     fn claim(&self, epoch: u64, worker: usize) {
-        let mut ticket = self.ticket.0.load(Acquire);
+        let own = self.span(worker);
+        let (before, from) = self.spans.split_at(own);
+        for span in from.iter().chain(before) {
+            self.claim_of(&span.0, epoch, worker);
+        }
+    }
+
+    /// Claims and runs chunks of a span until none is left.
+    fn claim_of(&self, span: &Span, epoch: u64, worker: usize) {
+        let mut ticket = span.ticket.load(Acquire);
         loop {
             let job = self.job.load(Relaxed).cast_const().cast::<Job<'_>>();
-            let chunks = self.chunks.load(Relaxed);
+            let (chunks, end) = (self.chunks.load(Relaxed), span.end.load(Relaxed));
             let left = ticket & LEFT_MASK;
             if ticket >> LEFT_BITS != epoch || left == 0 {
                 return;
             }
-            if let Err(now) = self.ticket.0.compare_exchange_weak(ticket, ticket - 1, SeqCst, Acquire) {
+            if let Err(now) = span.ticket.compare_exchange_weak(ticket, ticket - 1, SeqCst, Acquire) {
                 ticket = now;
                 continue;
             }
-            let chunk = chunks as usize - left as usize;
+            let chunk = end as usize - left as usize;
             // SAFETY: the swap was won, so `job` is that of `epoch`, and the caller keeps it alive until `done` counts
             // the chunk claimed here (see the module documentation).
             let job = unsafe { *job };
@@ -206,13 +278,14 @@ impl Shared {
                     caller.unpark();
                 }
             }
-            ticket = self.ticket.0.load(Acquire);
+            ticket = span.ticket.load(Acquire);
         }
     }
 
     /// Returns when all chunks have run; everything that they wrote is visible then.
     fn wait_done(&self, chunks: u32) {
         wait(
+            &self.lookaheads[0].0,
             || self.done.0.load(SeqCst) == chunks,
             || {
                 *self.caller.lock().unwrap_or_else(PoisonError::into_inner) = Some(std::thread::current());
@@ -223,16 +296,18 @@ impl Shared {
     }
 }
 
-/// Waits for a condition: spins, then yields, then parks until another thread unparks this one. `announce` tells that
+/// Waits for a condition: spins and fetches what will be read soon, then yields, then parks until another thread unparks this one. `announce` tells that
 /// thread that it must, `withdraw` that it need not any more.
-fn wait(ready: impl Fn() -> bool, announce: impl Fn(), withdraw: impl Fn()) {
+fn wait(lookahead: &Lookahead, ready: impl Fn() -> bool, announce: impl Fn(), withdraw: impl Fn()) {
     let start = Instant::now();
     while start.elapsed() < SPIN {
         for _ in 0..16 {
             if ready() {
                 return;
             }
-            std::hint::spin_loop();
+            if !lookahead.fetch() {
+                std::hint::spin_loop();
+            }
         }
     }
     for _ in 0..YIELDS {
@@ -276,6 +351,44 @@ mod tests {
                 run_all(&mut pool, job % 23);
             }
         }
+    }
+
+    #[test]
+    fn apart_every_chunk_runs_once_and_a_busy_worker_leaves_its_own_to_others() {
+        for threads in [1, 2, 3, 11] {
+            let mut pool = Pool::new(threads).unwrap();
+            for chunks in (0..40).chain([1000]) {
+                let hits: Vec<AtomicUsize> = (0..chunks).map(|_| AtomicUsize::new(0)).collect();
+                pool.run_apart(chunks, &|chunk, worker| {
+                    hits[chunk].fetch_add(1, Relaxed);
+                    if chunk == 0 && worker == 0 {
+                        std::thread::sleep(Duration::from_micros(200));
+                    }
+                });
+                assert!(hits.iter().all(|h| h.load(Relaxed) == 1), "{chunks} chunks, {threads} threads");
+            }
+        }
+    }
+
+    #[test]
+    fn apart_each_worker_starts_where_it_started_before() {
+        let mut pool = Pool::new(2).unwrap();
+        let together = std::sync::Barrier::new(2);
+        for _ in 0..50 {
+            let first = [AtomicUsize::new(usize::MAX), AtomicUsize::new(usize::MAX)];
+            pool.run_apart(8, &|chunk, worker| {
+                if first[worker].compare_exchange(usize::MAX, chunk, Relaxed, Relaxed).is_ok() {
+                    together.wait();
+                }
+            });
+            assert_eq!(first.map(AtomicUsize::into_inner), [0, 4]);
+        }
+        let mut starts = Vec::new();
+        pool.expect(9, |first| {
+            starts.push(first);
+            [&[], &[]]
+        });
+        assert_eq!(starts, [0, 4]);
     }
 
     #[test]

@@ -20,7 +20,7 @@ use super::weights::{Linear, Panel, Store};
 use crate::format::ggml::BLOCK;
 use crate::format::pack::{PANEL, panel_row};
 use crate::memory::{Arena, SharedMut};
-use crate::{GateFn, Result};
+use crate::{GateFn, PartOrder, Result};
 
 /// Entries of a stage: two panels of a full group.
 const STAGE: usize = 2 * GROUP;
@@ -100,19 +100,66 @@ pub(super) fn scratch(work: &[Mutex<Work>], worker: usize) -> MutexGuard<'_, Wor
 impl Machine {
     /// Shares `items` of about `cost` nanoseconds each out to the workers, in runs of consecutive ones.
     pub(super) fn share(&mut self, items: usize, cost: usize, job: &(dyn Fn(Range<usize>, &mut Work) + Sync)) {
+        let runs = self.runs(items, cost);
+        let Machine { pool, work, .. } = self;
+        pool.run_apart(runs, &|run, worker| {
+            job(run_start(items, runs, run)..run_start(items, runs, run + 1), &mut scratch(work, worker));
+        });
+    }
+
+    /// How many runs [`Machine::share`] makes: as many for each thread where that is possible.
+    fn runs(&self, items: usize, cost: usize) -> usize {
         /// Less than this is not worth the trouble of waking another thread, in nanoseconds.
         const INLINE: usize = 3000;
         /// Runs for each thread: enough that a slow thread leaves its share to the others.
         const RUNS: usize = 6;
-        let Machine { pool, work, .. } = self;
-        let total = items.saturating_mul(cost);
-        let runs = if total < INLINE { 1 } else { (total / INLINE).clamp(2, pool.threads() * RUNS) };
-        let len = items.div_ceil(runs.min(items).max(1));
-        pool.run(if len == 0 { 0 } else { items.div_ceil(len) }, &|run, worker| {
-            let first = run * len;
-            job(first..items.min(first + len), &mut scratch(work, worker));
+        let (threads, total) = (self.pool.threads(), items.saturating_mul(cost));
+        let runs = match total / INLINE {
+            0 => 1,
+            runs if runs < threads => runs.max(2),
+            runs => runs.min(threads * RUNS).next_multiple_of(threads),
+        };
+        runs.min(items)
+    }
+
+    /// Says that a matrix will be multiplied with `rows` rows soon: threads that wait fetch what they will read of it. For
+    /// [`argmax`], whose runs end elsewhere, that is nearly so.
+    pub(super) fn expect(&self, store: &Store, weight: &Linear, rows: usize) {
+        /// More rows than these have their products bound by arithmetic.
+        const ROWS: usize = 32;
+        /// Bytes for each thread: a part of its L2 cache.
+        const AHEAD: usize = 128 << 10;
+        if rows > ROWS {
+            return;
+        }
+        let (items, cost, panels) = match weight.order {
+            PartOrder::Concat => panel_items(weight, rows),
+            PartOrder::GateUp => unit_items(weight, rows),
+        };
+        let runs = self.runs(items, cost);
+        self.pool.expect(runs, |run| {
+            let first = run_start(items, runs, run) * panels;
+            match weight.order {
+                PartOrder::Concat => [weight.bytes_from(store, first, AHEAD), &[]],
+                PartOrder::GateUp => [0, 1].map(|part| weight.part_bytes_from(store, part, first, AHEAD / 2)),
+            }
         });
     }
+}
+
+/// First item of a run of [`Machine::share`].
+fn run_start(items: usize, runs: usize, run: usize) -> usize {
+    items * run / runs
+}
+
+/// Number of items that [`linear`] shares out, the cost of one, and its panels.
+fn panel_items(weight: &Linear, rows: usize) -> (usize, usize, usize) {
+    (weight.panels(), panel_cost(weight, rows), 1)
+}
+
+/// Number of items that [`gate_up`] shares out, the cost of one, and its panels of either part.
+fn unit_items(weight: &Linear, rows: usize) -> (usize, usize, usize) {
+    ((weight.rows / 2).div_ceil(UNIT), 4 * panel_cost(weight, rows), UNIT / PANEL)
 }
 
 /// About how long a panel takes with this many rows, in nanoseconds.
@@ -132,7 +179,8 @@ pub(super) struct Target<'a> {
 /// `out = acts * weight^T + bias`, or `out +=`.
 pub(super) fn linear(machine: &mut Machine, store: &Store, weight: &Linear, acts: ActReader<'_>, target: Target<'_>) {
     let isa = machine.isa;
-    machine.share(weight.panels(), panel_cost(weight, acts.rows), &|panels, work| {
+    let (items, cost, _) = panel_items(weight, acts.rows);
+    machine.share(items, cost, &|panels, work| {
         dispatch(isa, Product { isa, store, weight, acts, panels, work, target });
     });
 }
@@ -284,8 +332,8 @@ pub(super) fn gate_up(
     out: ActWriter<'_>,
 ) {
     let isa = machine.isa;
-    let units = (weight.rows / 2).div_ceil(UNIT);
-    machine.share(units, 4 * panel_cost(weight, acts.rows), &|units, work| {
+    let (items, cost, _) = unit_items(weight, acts.rows);
+    machine.share(items, cost, &|units, work| {
         dispatch(isa, GateUp { isa, store, weight, acts, units, work, f, out });
     });
 }

@@ -17,7 +17,7 @@ use super::pool::Pool;
 use crate::checks::check_parts;
 use crate::format::pack::{PANEL, pack_panel, panel_bytes};
 use crate::memory::{ALIGN, Arena, MappedFile, SharedMut};
-use crate::{Error, PartOrder, Result, WeightPart, WeightType};
+use crate::{Error, LinearId, PartOrder, Result, WeightPart, WeightType};
 
 /// Bytes of an ordinary chunk of the store.
 const CHUNK: usize = 32 << 20;
@@ -242,6 +242,8 @@ pub(super) struct Linear {
     pub(super) bias: Option<Vec<f32>>,
     /// What it needs its activations as.
     pub(super) form: Form,
+    /// The matrix that was used after it, the last time.
+    pub(super) next: Option<LinearId>,
 }
 
 impl Linear {
@@ -285,7 +287,7 @@ impl Linear {
             packed.push(pack_part(store, pool, part, first)?);
             first += part.rows;
         }
-        Ok(Self { parts: packed, rows, cols, order, bias: bias.map(<[f32]>::to_vec), form })
+        Ok(Self { parts: packed, rows, cols, order, bias: bias.map(<[f32]>::to_vec), form, next: None })
     }
 
     /// Number of panels.
@@ -316,6 +318,25 @@ impl Linear {
             let within = panels.start.clamp(start, end) - start..panels.end.clamp(start, end) - start;
             self.part_runs(store, i, within, most)
         })
+    }
+
+    /// At most `len` bytes of a part, from its panel `first` on.
+    pub(super) fn part_bytes_from<'a>(&self, store: &'a Store, part: usize, first: usize, len: usize) -> &'a [u8] {
+        let part = &self.parts[part];
+        let bytes = &store.bytes(part.place)[first.min(part.panels()) * part.panel_bytes..];
+        &bytes[..bytes.len().min(len)]
+    }
+
+    /// At most `len` bytes of the part that holds panel `first`, counted over all parts, from there on.
+    pub(super) fn bytes_from<'a>(&self, store: &'a Store, mut first: usize, len: usize) -> &'a [u8] {
+        for part in 0..self.parts.len() {
+            let panels = self.parts[part].panels();
+            if first < panels {
+                return self.part_bytes_from(store, part, first, len);
+            }
+            first -= panels;
+        }
+        &[]
     }
 
     /// The panels `panels` of part `part` in runs of at most `most`.

@@ -233,10 +233,12 @@ pub(crate) fn store_part<S: Simd>(s: S, v: S::V, dst: &mut [f32]) {
     dst.copy_from_slice(&all[..dst.len()]);
 }
 
+/// Bytes of a cache line.
+pub(crate) const LINE: usize = 64;
+
 /// Asks the caches for the lines of `data`, which will be read soon. Has no effect on results.
 #[inline(always)]
 pub(crate) fn prefetch<T>(data: &[T]) {
-    const LINE: usize = 64;
     let start = data.as_ptr().cast::<u8>();
     for offset in (0..size_of_val(data)).step_by(LINE) {
         prefetch_line(start.wrapping_add(offset));
@@ -258,6 +260,18 @@ pub(crate) fn prefetch_line(address: *const u8) {
     };
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = address;
+}
+
+/// As [`prefetch_line`], no nearer than the L2 cache.
+#[inline(always)]
+pub(crate) fn prefetch_l2(address: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch never faults; SSE is part of x86-64.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(address.cast())
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    prefetch_line(address);
 }
 
 /// Implements [`Simd`] for the token type `$token` by calling the function of the same name in `$ops`. What comes after
