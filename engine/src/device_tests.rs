@@ -152,7 +152,7 @@ fn answers_drawn_ahead_are_those_of_steps_that_wait() {
         let (repetition_penalty, presence_penalty) = (off.repetition_penalty, off.presence_penalty);
         let frequency_penalty = off.frequency_penalty;
         request.sampling = SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, ..params(i) };
-        request.stop.min_tokens = if i % 5 == 0 { 3 } else { 0 };
+        request.stop.min_tokens = if i.is_multiple_of(5) { 3 } else { 0 };
         request.stop.token_ids = (0..3).map(|n| random_below(i * 5 + n, VOCAB) as u32).collect();
         request
     };

@@ -210,19 +210,19 @@ fn the_engine_gives_the_tokens_of_the_cpu_with_and_without_recordings_and_steps_
     let mut tokens: Vec<Vec<Vec<u32>>> = Vec::new();
     for (enforce_eager, async_scheduling) in [(false, true), (true, true), (false, false)] {
         let engine = engine(&device(), enforce_eager, async_scheduling);
-        let mut all = Vec::new();
+        let mut answered = Vec::new();
         for (round, (prompts, expected)) in [&first, &second].into_iter().zip(&expected).enumerate() {
             let got = answers(&engine, prompts, None);
             let (same, all) = (agree(&got, expected), got.iter().map(|answer| answer.tokens.len()).sum::<usize>());
             assert!(same * 4 >= all * 3, "only {same} of {all} tokens can be compared");
             let reused = got.iter().filter(|answer| answer.usage.cached_tokens > 0).count();
             assert!(reused >= [3, 9][round], "{reused} prompts found their beginning in round {round}");
-            all.extend(got.into_iter().map(|answer| answer.tokens));
+            answered.extend(got.into_iter().map(|answer| answer.tokens));
         }
         let (steps, ahead) = (engine.metrics().steps.get(), engine.metrics().steps_ahead.get());
         assert_eq!(ahead * 2 > steps, async_scheduling, "{ahead} of {steps} steps were submitted ahead");
         engine.shutdown();
-        tokens.push(all);
+        tokens.push(answered);
     }
     assert_eq!(tokens[0], tokens[2], "whenever the host reads the tokens, they are the same");
 }
