@@ -72,13 +72,14 @@ for kv in auto fp8; do
   fi
 done
 
-# 3. Served, at rising concurrency.
-serve() { # MODEL
-  local model=$1 name url server
-  name=serve-$(basename "$model")
+# 3. Served, at rising concurrency; then with steps that wait until the host has read the tokens before them.
+serve() { # MODEL CONCURRENCIES ARGS...
+  local model=$1 concurrencies=$2 name url server
+  shift 2
+  name=serve-$(basename "$model")${*// /}
   printf '=== %4ds  %s\n' "$SECONDS" "$name" >&2
   "$cupola" serve "$model" --load-format dummy --device cuda --port 0 --max-model-len 4096 --served-model-name bench \
-    --max-num-batched-tokens 2048 >"$out/$name.url" 2>"$out/$name.server.log" &
+    --max-num-batched-tokens 2048 "$@" >"$out/$name.url" 2>"$out/$name.server.log" &
   server=$!
   for _ in $(seq 600); do
     url=$(sed -n 's/^listening on //p' "$out/$name.url")
@@ -93,8 +94,8 @@ serve() { # MODEL
     kill "$server" 2>/dev/null
     return
   fi
-  say "" && say "## served, $(basename "$model"), 128 in 128 out, temperature 0" && say "| concurrency | output tok/s |" && say "|---:|---:|"
-  for concurrency in 1 8 32 64; do
+  say "" && say "## served, $(basename "$model"), 128 in 128 out, temperature 0 $*" && say "| concurrency | output tok/s |" && say "|---:|---:|"
+  for concurrency in $concurrencies; do
     if step "$name-$concurrency" 60 "$cupola" bench serve --base-url "$url" --max-concurrency "$concurrency" \
       --num-prompts $((concurrency * 3)) --random-input-len 128 --random-output-len 128 --ignore-eos --temperature 0 --json; then
       say "| $concurrency | $(sed -n 's/.*"output_throughput": *\([0-9.]*\).*/\1/p' "$out/$name-$concurrency.log" | head -1) |"
@@ -103,7 +104,8 @@ serve() { # MODEL
   kill "$server" 2>/dev/null
   wait "$server" 2>/dev/null
 }
-serve "${models[0]}"
+serve "${models[0]}" "1 8 32 64"
+serve "${models[0]}" "1 32" --no-async-scheduling
 
 printf '\n=== %4ds  result (%s/result.txt)\n\n' "$SECONDS" "$out" >&2
 cat "$out/result.txt"

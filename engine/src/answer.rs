@@ -87,6 +87,11 @@ impl Answer {
         }
     }
 
+    /// Tokens after which the answer is complete, whatever they are.
+    pub(crate) fn at_most(&self) -> usize {
+        self.ends.at_most
+    }
+
     pub(crate) fn has_started(&self) -> bool {
         self.clock.started.is_some()
     }

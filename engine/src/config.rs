@@ -31,6 +31,8 @@ pub struct EngineConfig {
     pub enable_prefix_caching: bool,
     /// Submit every op of a step on a device by itself, instead of recording small decoding steps once as graphs.
     pub enforce_eager: bool,
+    /// Let a device carry tokens from one decoding step to the next, which is submitted before the host has read them.
+    pub async_scheduling: bool,
     /// Folder of packed weights: a model that was packed before is mapped from there, one that was not is kept there.
     pub packed_cache: Option<PathBuf>,
     /// Events kept apart for a reader that is slow; past this many, tokens are merged into the last event.
@@ -50,6 +52,7 @@ impl Default for EngineConfig {
             max_queued_tokens: 1 << 18,
             enable_prefix_caching: true,
             enforce_eager: false,
+            async_scheduling: true,
             packed_cache: None,
             event_capacity: 64,
         }

@@ -97,8 +97,9 @@ fn tokens(mut stream: RequestStream) -> Vec<u32> {
     all
 }
 
-fn start(model: &Model, device: &Device) -> EngineHandle {
-    let config = EngineConfig { max_num_seqs: 40, max_num_batched_tokens: 64, ..EngineConfig::default() };
+fn start(model: &Model, device: &Device, async_scheduling: bool) -> EngineHandle {
+    let config = EngineConfig { async_scheduling, ..EngineConfig::default() };
+    let config = EngineConfig { max_num_seqs: 40, max_num_batched_tokens: 64, ..config };
     let config = EngineConfig { kv_cache_bytes: Some(4 << 20), max_model_len: Some(64), ..config };
     Engine::load(model, config, device).unwrap()
 }
@@ -123,7 +124,7 @@ fn answers_drawn_on_a_device_are_those_of_the_host() {
     let folder = Folder::new("device-draws");
     let model = Model::open(&tiny_gguf(folder.path(), WeightType::F32, 1)).unwrap();
     let answers = |device: &Device, logprobs: &dyn Fn(u64) -> bool| -> Vec<Vec<u32>> {
-        let engine = start(&model, device);
+        let engine = start(&model, device, true);
         let streams: Vec<_> =
             requests(logprobs).into_iter().map(|request| engine.submit_now(request).unwrap()).collect();
         streams.into_iter().map(tokens).collect()
@@ -140,12 +141,43 @@ fn answers_drawn_on_a_device_are_those_of_the_host() {
 }
 
 #[test]
+fn answers_drawn_ahead_are_those_of_steps_that_wait() {
+    let folder = Folder::new("device-draws-ahead");
+    let model = Model::open(&tiny_gguf(folder.path(), WeightType::F32, 1)).unwrap();
+    // More rows than are drawn at a time, none of which looks at the tokens before; some are greedy.
+    let request = |i: u64| {
+        let prompt = (0..5 + i % 7).map(|n| ((n * 37 + i * 11) % VOCAB as u64) as u32).collect();
+        let mut request = Request::greedy(prompt, 8 + (i % 5) as usize);
+        let off = SamplingParams::default();
+        let (repetition_penalty, presence_penalty) = (off.repetition_penalty, off.presence_penalty);
+        let frequency_penalty = off.frequency_penalty;
+        request.sampling = SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, ..params(i) };
+        request.stop.min_tokens = if i.is_multiple_of(5) { 3 } else { 0 };
+        request.stop.token_ids = (0..3).map(|n| random_below(i * 5 + n, VOCAB) as u32).collect();
+        request
+    };
+    let answers = |async_scheduling: bool| -> Vec<Vec<u32>> {
+        let engine = start(&model, &device(), async_scheduling);
+        let streams: Vec<_> = (0..36).map(|i| engine.submit_now(request(i)).unwrap()).collect();
+        let answers = streams.into_iter().map(tokens).collect();
+        assert_eq!(engine.blocking_check_integrity().unwrap().leased, 0);
+        assert_eq!(engine.metrics().steps_ahead.get() >= 6, async_scheduling);
+        answers
+    };
+    let ahead = answers(true);
+    assert!(ahead.iter().any(|answer| answer.len() < 8), "some ended early: {ahead:?}");
+    assert_eq!(ahead, answers(false));
+}
+
+#[test]
 fn a_plan_holds_what_the_largest_steps_take() {
     let folder = Folder::new("device-plan");
     // Of so many rows that the products go to a library, too.
-    for (ty, kv_cache_type, rows) in
-        [(WeightType::Q4_0, KvType::F16, 300), (WeightType::Bf16, KvType::Fp8, 300), (WeightType::Q4_0, KvType::F16, 530)]
-    {
+    for (ty, kv_cache_type, rows) in [
+        (WeightType::Q4_0, KvType::F16, 300),
+        (WeightType::Bf16, KvType::Fp8, 300),
+        (WeightType::Q4_0, KvType::F16, 530),
+    ] {
         let model = Model::open(&tiny_gguf(folder.path(), ty, 1)).unwrap();
         let sequences = 40;
         let config = EngineConfig {

@@ -136,6 +136,8 @@ pub struct EngineMetrics {
     pub computed_tokens: Counter,
     /// Steps run.
     pub steps: Counter,
+    /// Those that were submitted before the tokens of the step before them were known.
+    pub steps_ahead: Counter,
     /// Times a request lost its blocks and had to be computed again.
     pub preemptions: Counter,
     /// Requests ended by a stop token or text.
@@ -201,6 +203,7 @@ impl EngineMetrics {
             prefix_hits: Counter::default(),
             computed_tokens: Counter::default(),
             steps: Counter::default(),
+            steps_ahead: Counter::default(),
             preemptions: Counter::default(),
             finished_stop: Counter::default(),
             finished_length: Counter::default(),

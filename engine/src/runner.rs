@@ -1,6 +1,6 @@
 //! What the step loop needs of a model, so that tests can put a small one in its place.
 
-use cupola_kernels::{Draw, Drawn};
+use cupola_kernels::{Draw, Drawn, Turn};
 use cupola_models::{Batch, Decoder};
 
 /// Why a batch was not computed.
@@ -25,7 +25,8 @@ impl From<cupola_models::Error> for RunError {
     }
 }
 
-/// Runs forward passes. Results of the last pass stay readable until the next one.
+/// Runs forward passes. Logits of the last pass stay readable until the next one, tokens that it has chosen until the next one
+/// of the same turn.
 pub trait ModelRunner: Send {
     /// Tokens of the vocabulary, the length of a row of logits.
     fn vocab_size(&self) -> usize;
@@ -42,11 +43,28 @@ pub trait ModelRunner: Send {
     /// The requests of this batch then fail, and the engine goes on unless the error is fatal.
     fn forward(&mut self, batch: &Batch) -> Result<(), RunError>;
 
-    /// The most likely token of each output row of the last batch; only after a batch with `greedy` set. Waits for them.
+    /// What the last batch of this turn has chosen for each output row, for [`cupola_kernels::drawn`]: after a batch with
+    /// `greedy` set the most likely tokens, else those of [`ModelRunner::submit_draws`]. Waits for them. A runner that is not
+    /// asynchronous has those of the last batch alone.
     ///
     /// # Errors
     /// As [`ModelRunner::forward`], for work that was submitted before.
-    fn argmax(&mut self) -> Result<&[u32], RunError>;
+    fn chosen(&mut self, turn: Turn) -> Result<&[u32], RunError>;
+
+    /// True when a batch may have rows whose tokens the batch before has chosen ([`Batch::carried`]), submitted before these
+    /// are read. Such a runner has [`ModelRunner::submit_draws`] if it draws tokens at all.
+    fn carries(&self) -> bool {
+        false
+    }
+
+    /// Draws a token for every output row of the last batch, without waiting: [`ModelRunner::chosen`] has them. Only for a
+    /// runner that carries and draws tokens, after a batch without `greedy`.
+    ///
+    /// # Errors
+    /// As [`ModelRunner::forward`].
+    fn submit_draws(&mut self, _draws: &[Draw<'_>]) -> Result<(), RunError> {
+        Err("this runner draws no tokens".to_owned().into())
+    }
 
     /// Runs `f(i, logits)` for the `i`-th output row of the last batch, several at a time; only after a batch without
     /// `greedy`. `f` may change the logits.
@@ -88,8 +106,16 @@ impl ModelRunner for Decoder {
         Ok(Decoder::forward(self, batch)?)
     }
 
-    fn argmax(&mut self) -> Result<&[u32], RunError> {
-        Ok(Decoder::argmax(self)?)
+    fn chosen(&mut self, turn: Turn) -> Result<&[u32], RunError> {
+        Ok(Decoder::chosen(self, turn)?)
+    }
+
+    fn carries(&self) -> bool {
+        Decoder::carries(self)
+    }
+
+    fn submit_draws(&mut self, draws: &[Draw<'_>]) -> Result<(), RunError> {
+        Ok(Decoder::submit_draws(self, draws)?)
     }
 
     fn for_each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<(), RunError> {

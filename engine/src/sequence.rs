@@ -1,14 +1,18 @@
-//! One request as the scheduler sees it: tokens, how many of them are computed, and the blocks they are in.
+//! One request as the scheduler sees it: tokens, how many of them have rows, and the blocks they are in.
 //!
 //! ```text
-//!   tokens    [ prompt ............................ | generated ..... ]
-//!   computed  [ in the pool ................. )  remaining: the next rows
-//!   blocks    [ 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 ]  cover at least what is computed
-//!   chain     [ a | b | c | d | e ]              prefix nodes of the first whole blocks
+//!   known     [ prompt ............................ | generated ..... ]
+//!   scheduled [ known, and those that steps under way will choose ..........| ? ]
+//!   submitted [ in the pool, or in a step under way .. )  remaining: the next rows
+//!   blocks    [ 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 ]       cover at least what is submitted
+//!   chain     [ a | b | c | d | e ]                   prefix nodes of the first whole blocks, all of known tokens
 //! ```
 //!
-//! A sequence that decodes has exactly one remaining token. A preempted one has no blocks and computes everything again,
-//! generated tokens included; they were sent already and are not sent twice.
+//! What is planned counts scheduled tokens: a sequence that decodes has exactly one remaining, whether it is known or not. What
+//! others see counts known ones: usage, the prefix cache, the end of an answer. Between steps the two are the same.
+//!
+//! A preempted sequence has no blocks and computes everything again, generated tokens included; they were sent already and
+//! are not sent twice.
 
 use cupola_kernels::BlockId;
 use cupola_kernels::kv::BLOCK_SIZE;
@@ -23,12 +27,16 @@ pub(crate) struct Sequence {
     pub(crate) slot: usize,
     /// Order of arrival; lower is older.
     pub(crate) arrival: u64,
-    /// Prompt and generated tokens.
-    pub(crate) tokens: Vec<u32>,
+    /// Prompt and generated tokens, as far as they are known.
+    pub(crate) known: Vec<u32>,
+    /// Tokens behind them that steps under way will choose: at most one a step.
+    pub(crate) unknown: usize,
     /// Length of the prompt.
     pub(crate) prompt_len: usize,
-    /// Tokens whose keys and values are in the pool.
-    pub(crate) computed: usize,
+    /// Length with which the answer ends, whatever its tokens are.
+    pub(crate) longest: usize,
+    /// Tokens whose keys and values are in the pool, or will be when the steps under way are computed.
+    pub(crate) submitted: usize,
     pub(crate) blocks: Vec<BlockId>,
     pub(crate) chain: Vec<NodeId>,
     pub(crate) sharing: Sharing,
@@ -53,17 +61,33 @@ pub(crate) struct Sharing {
 }
 
 impl Sequence {
-    /// Tokens that are not computed; 1 while decoding.
+    /// Tokens that are known, and those that steps under way will choose.
+    pub(crate) fn scheduled_len(&self) -> usize {
+        self.known.len() + self.unknown
+    }
+
+    /// Scheduled tokens without a row; 1 while decoding.
     pub(crate) fn remaining(&self) -> usize {
-        self.tokens.len() - self.computed
+        self.scheduled_len() - self.submitted
     }
 
-    /// Tokens generated so far.
+    /// True when the answer ends with what is scheduled, so that no row for its last token is of use.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.unknown > 0 && self.scheduled_len() >= self.longest
+    }
+
+    /// Known tokens of the answer.
     pub(crate) fn generated(&self) -> usize {
-        self.tokens.len() - self.prompt_len
+        self.known.len() - self.prompt_len
     }
 
-    /// What its request has used so far.
+    /// The first unknown token has become known.
+    pub(crate) fn learn(&mut self, token: u32) {
+        self.unknown = self.unknown.checked_sub(1).expect("a step under way has chosen it");
+        self.known.push(token);
+    }
+
+    /// What its request has used so far: known tokens.
     pub(crate) fn usage(&self) -> Usage {
         Usage {
             prompt_tokens: self.prompt_len,
@@ -73,9 +97,9 @@ impl Sequence {
         }
     }
 
-    /// Tokens of the `i`-th block, which must be whole.
+    /// Tokens of the `i`-th block, which must be whole and known.
     pub(crate) fn block_tokens(&self, i: usize) -> &[u32] {
-        &self.tokens[i * BLOCK_SIZE..(i + 1) * BLOCK_SIZE]
+        &self.known[i * BLOCK_SIZE..(i + 1) * BLOCK_SIZE]
     }
 
     /// The beginning before block `i`, where `chain` is the nodes of the blocks before it.
@@ -87,14 +111,19 @@ impl Sequence {
     ///
     /// ```text
     ///   rows      start ................................. start + len
-    ///   answer                                            x   the last token known
+    ///   answer                                            x   the last token scheduled
     ///   scores        scored .................. prompt_len - 1
     /// ```
     pub(crate) fn first_output(&self, start: usize, len: usize) -> Option<usize> {
         let end = start + len;
         let scores = self.scored.filter(|scored| *scored + 1 < self.prompt_len && *scored < end);
-        let answer = (self.answers && end == self.tokens.len()).then_some(end - 1);
+        let answer = self.chooses(end).then_some(end - 1);
         scores.map(|scored| scored.max(start)).or(answer)
+    }
+
+    /// True when a step whose rows end before `end` chooses the next token of the answer.
+    pub(crate) fn chooses(&self, end: usize) -> bool {
+        self.answers && end == self.scheduled_len()
     }
 }
 
@@ -105,8 +134,10 @@ impl Sequence {
             slot: usize::try_from(arrival).expect("small"),
             arrival,
             prompt_len: tokens.len(),
-            tokens,
-            computed: 0,
+            known: tokens,
+            unknown: 0,
+            longest: usize::MAX,
+            submitted: 0,
             blocks: Vec::new(),
             chain: Vec::new(),
             sharing: Sharing { read: true, write: true, salt: 0 },

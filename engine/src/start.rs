@@ -114,6 +114,7 @@ impl Engine {
             commands: inbox,
             eos,
             prefix_caching: config.enable_prefix_caching,
+            carry_tokens: config.async_scheduling,
             limits,
             num_blocks,
         });

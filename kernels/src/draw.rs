@@ -80,3 +80,13 @@ impl NoToken {
 
 /// The token of a row, or why there is none.
 pub type Drawn = std::result::Result<u32, NoToken>;
+
+/// A result of [`Backend::chosen`](crate::Backend::chosen): a token below `vocab`, or why there is none.
+pub fn drawn(word: u32, vocab: usize) -> Drawn {
+    match word {
+        token if (token as usize) < vocab => Ok(token),
+        0xffff_fffe => Err(NoToken::Infinite),
+        0xffff_fffd => Err(NoToken::Excluded),
+        _ => Err(NoToken::NotANumber),
+    }
+}

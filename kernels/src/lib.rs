@@ -29,7 +29,7 @@ pub mod memory;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
-pub use draw::{Draw, Drawn, NoToken};
+pub use draw::{Draw, Drawn, NoToken, drawn};
 pub use error::{Error, Result};
 pub use format::WeightType;
 pub use kv::{BlockId, KvLayout, KvType, SeqSpan};
@@ -244,11 +244,42 @@ pub struct PassLimits<'a> {
     pub head_rows: usize,
 }
 
+/// One of the two places that passes leave their results in, in turns.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Turn {
+    /// The first place.
+    #[default]
+    A,
+    /// The second place.
+    B,
+}
+
+impl Turn {
+    /// The place of the pass before, and of the one after.
+    #[must_use]
+    pub fn other(self) -> Self {
+        match self {
+            Self::A => Self::B,
+            Self::B => Self::A,
+        }
+    }
+
+    /// 0 or 1.
+    pub fn index(self) -> usize {
+        self as usize
+    }
+}
+
 /// What the ops of one forward pass will read of its rows and sequences, for [`Backend::begin_pass`].
 #[derive(Clone, Copy, Debug)]
 pub struct Pass<'a> {
     /// Token ids, one a row.
     pub tokens: &'a [u32],
+    /// For the first rows, instead of their token ids: which results of the pass of the other turn these are. Their places in
+    /// `tokens` hold any token. Only for a device on which work is submitted.
+    pub carried: &'a [u32],
+    /// Where the results of this pass go.
+    pub turn: Turn,
     /// The sequences of all rows. Rows at the end may belong to none.
     pub spans: &'a [SeqSpan],
     /// The sequences of the rows that the last layer finishes.
@@ -347,8 +378,15 @@ pub trait Backend: Send {
     }
 
     /// Says what the ops of the next pass will read, so that a device gets it in one copy.
-    fn begin_pass(&mut self, _pass: &Pass<'_>) -> Result<()> {
-        Ok(())
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for spans that do not fit their rows, and for carried tokens that are not there to be carried.
+    fn begin_pass(&mut self, pass: &Pass<'_>) -> Result<()> {
+        if pass.carried.is_empty() {
+            return Ok(());
+        }
+        let (expected, got) = ("tokens that are known".into(), format!("{} carried ones", pass.carried.len()));
+        Err(Error::Shape { op: "begin_pass", expected, got })
     }
 
     /// Runs `ops`, or on a device that records passes does again what they did before: for another pass of as many rows
@@ -408,11 +446,12 @@ pub trait Backend: Send {
     fn attention(&mut self, op: Attention<'_>) -> Result<()>;
 
     /// `argmax(x * W^T)` for the first `rows` rows, the lowest index among equals; logits are not kept. The results are
-    /// numbered from `first` on, for [`Backend::argmaxes`].
+    /// numbered from `first` on, for [`Backend::chosen`].
     fn linear_argmax(&mut self, x: ActId, rows: usize, weight: LinearId, first: usize) -> Result<()>;
 
-    /// The results `0..count` of [`Backend::linear_argmax`]; waits for them.
-    fn argmaxes(&mut self, count: usize) -> Result<&[u32]>;
+    /// The results `0..count` of [`Backend::linear_argmax`] and [`Backend::submit_draws`] in the last pass of this turn, for
+    /// [`drawn`]; waits for them. A backend that computes at once has those of the last pass alone.
+    fn chosen(&mut self, turn: Turn, count: usize) -> Result<&[u32]>;
 
     /// Runs `f(row, values)` for the first `rows` rows of an arena, several at a time on the worker threads.
     fn for_each_row(&mut self, buffer: BufferId, rows: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()>;
@@ -440,6 +479,15 @@ pub trait Backend: Send {
     /// [`Error::Shape`] for a token beyond the vocabulary or a number out of its range, for more rows than the sampler has
     /// room for, and from backends without a sampler.
     fn draw(&mut self, _op: DrawRows<'_>, _out: &mut Vec<Drawn>) -> Result<()> {
+        let (expected, got) = ("a backend that draws tokens".into(), self.describe());
+        Err(Error::Shape { op: "draw", expected, got })
+    }
+
+    /// As [`Backend::draw`], without waiting: the results are numbered from `first` on, for [`Backend::chosen`].
+    ///
+    /// # Errors
+    /// As [`Backend::draw`].
+    fn submit_draws(&mut self, _op: DrawRows<'_>, _first: usize) -> Result<()> {
         let (expected, got) = ("a backend that draws tokens".into(), self.describe());
         Err(Error::Shape { op: "draw", expected, got })
     }

@@ -1,6 +1,6 @@
 //! The one input of a forward pass: rows of several sequences, prefill and decode mixed.
 
-use cupola_kernels::{BlockId, SeqSpan};
+use cupola_kernels::{BlockId, SeqSpan, Turn};
 
 /// Rows of one step.
 ///
@@ -11,8 +11,13 @@ use cupola_kernels::{BlockId, SeqSpan};
 /// ```
 #[derive(Clone, Debug, Default)]
 pub struct Batch {
-    /// Token ids, one a row.
+    /// Token ids, one a row; of carried rows, any.
     pub tokens: Vec<u32>,
+    /// For the first rows, on a device that chooses tokens by itself: which output rows of the batch of the other turn have
+    /// chosen their tokens.
+    pub carried: Vec<u32>,
+    /// Where the tokens go that this batch chooses; those of the batch before stay in the other place.
+    pub turn: Turn,
     /// The sequences, in row order, without gaps.
     pub spans: Vec<SeqSpan>,
     /// Block tables of all spans, one after the other.
@@ -24,9 +29,10 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Empties the batch and keeps its memory.
+    /// Empties the batch and keeps its memory and its turn.
     pub fn clear(&mut self) {
         self.tokens.clear();
+        self.carried.clear();
         self.spans.clear();
         self.block_table.clear();
         self.outputs.clear();
@@ -48,5 +54,15 @@ impl Batch {
         self.spans.push(span);
         self.block_table.extend_from_slice(blocks);
         row0
+    }
+
+    /// Appends one row whose token is what an output row of the batch of the other turn has chosen. Returns its index.
+    ///
+    /// # Panics
+    /// Behind rows whose tokens are known.
+    pub fn push_carried(&mut self, output: u32, position: usize, blocks: &[BlockId]) -> u32 {
+        assert_eq!(self.carried.len(), self.tokens.len(), "carried rows come first");
+        self.carried.push(output);
+        self.push(&[0], position, blocks)
     }
 }

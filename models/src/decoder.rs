@@ -10,7 +10,7 @@
 
 use cupola_kernels::{
     Backend, Draw, DrawRows, Drawn, Epilogue, KvId, KvType, LinearId, PartOrder, Pass, PassLimits, Recorded, RopeId,
-    Rows, VectorId,
+    Rows, SamplerId, Turn, VectorId,
 };
 
 use crate::last_rows::LastRows;
@@ -75,8 +75,9 @@ pub struct Decoder {
     padded: Vec<u32>,
     /// Numbers of rows that such passes are padded to, ascending; none where nothing is recorded.
     sizes: Vec<usize>,
-    /// Results of [`Backend::linear_argmax`] of the last pass.
-    chosen: usize,
+    /// Tokens that the last pass of each turn has chosen, and the turn of the last one.
+    chosen: [usize; 2],
+    turn: Turn,
     unsaved: Option<cupola_kernels::Error>,
 }
 
@@ -144,7 +145,8 @@ impl Decoder {
             last: LastRows::with_capacity(limits.max_batch_tokens),
             padded: Vec::with_capacity(RECORDED_ROWS),
             sizes: Vec::new(),
-            chosen: 0,
+            chosen: [0; 2],
+            turn: Turn::default(),
             unsaved,
         })
     }
@@ -252,7 +254,7 @@ impl Decoder {
         if let Some(token) = batch.tokens.iter().find(|&&token| token as usize >= self.spec.vocab) {
             return refuse(format!("tokens below {}", self.spec.vocab), token.to_string());
         }
-        self.chosen = 0;
+        (self.turn, self.chosen[batch.turn.index()]) = (batch.turn, 0);
         self.last.set(batch);
         let one_row_each = batch.spans.len() == rows && batch.outputs.len() == rows && rows > 0;
         match self.sizes.iter().copied().find(|&size| one_row_each && size >= rows) {
@@ -263,7 +265,7 @@ impl Decoder {
             for start in (0..self.last.outputs.len()).step_by(LOGIT_ROWS) {
                 let rows = self.norm_for_head(start)?;
                 self.backend.linear_argmax(self.arenas.head_in, rows, self.head, start)?;
-                self.chosen = start + rows;
+                self.chosen[self.turn.index()] = start + rows;
             }
         }
         Ok(())
@@ -275,6 +277,8 @@ impl Decoder {
         let all_stay = batch.outputs.len() == batch.tokens.len();
         backend.begin_pass(&Pass {
             tokens: &batch.tokens,
+            carried: &batch.carried,
+            turn: batch.turn,
             spans: &batch.spans,
             last_spans: &last.spans,
             kept: if all_stay { &[] } else { &batch.outputs },
@@ -299,7 +303,16 @@ impl Decoder {
         padded.extend_from_slice(&batch.tokens);
         padded.resize(size, 0);
         let (spans, block_table) = (batch.spans.as_slice(), batch.block_table.as_slice());
-        let pass = Pass { tokens: &padded, spans, last_spans: spans, kept: &[], block_table, repeated: Some(reach) };
+        let pass = Pass {
+            tokens: &padded,
+            carried: &batch.carried,
+            turn: batch.turn,
+            spans,
+            last_spans: spans,
+            kept: &[],
+            block_table,
+            repeated: Some(reach),
+        };
         let begun = self.backend.begin_pass(&pass);
         let all: [u32; RECORDED_ROWS] = std::array::from_fn(|row| row as u32);
         let rows = PassRows { tokens: &padded, spans, last: (spans, &all[..size]), block_table };
@@ -320,7 +333,22 @@ impl Decoder {
     /// # Errors
     /// Those of the work that was submitted.
     pub fn argmax(&mut self) -> Result<&[u32]> {
-        Ok(self.backend.argmaxes(self.chosen)?)
+        self.chosen(self.turn)
+    }
+
+    /// What the last batch of this turn has chosen for each output row, for [`cupola_kernels::drawn`]: after a greedy one, and
+    /// after [`Decoder::submit_draws`]. Waits for it, not for a batch after it.
+    ///
+    /// # Errors
+    /// Those of the work that was submitted.
+    pub fn chosen(&mut self, turn: Turn) -> Result<&[u32]> {
+        Ok(self.backend.chosen(turn, self.chosen[turn.index()])?)
+    }
+
+    /// True when tokens of a batch may be carried from the one before: a device that computes while the host goes on and
+    /// that chooses every kind of token.
+    pub fn carries(&self) -> bool {
+        self.is_asynchronous() && self.draws()
     }
 
     /// Calls `f(output index, logits)` for every output row of the last batch, several at a time on the worker threads.
@@ -354,14 +382,7 @@ impl Decoder {
         drawn: &mut Vec<Drawn>,
         f: &(dyn Fn(usize, &mut [f32]) + Sync),
     ) -> Result<()> {
-        let (Some(sampler), true) = (self.arenas.sampler, draws.len() == self.last.outputs.len()) else {
-            return Err(cupola_kernels::Error::Shape {
-                op: "draw",
-                expected: format!("{} rows, on a device that draws tokens", self.last.outputs.len()),
-                got: format!("{} on {}", draws.len(), self.backend.describe()),
-            }
-            .into());
-        };
+        let sampler = self.sampler_of(draws.len())?;
         let cap = self.spec.logit_softcap;
         let (mut picked, mut others, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
         drawn.clear();
@@ -386,6 +407,38 @@ impl Decoder {
             })?;
         }
         Ok(())
+    }
+
+    /// Draws a token for every output row of the last batch, without waiting: [`Decoder::chosen`] has them.
+    ///
+    /// # Errors
+    /// As [`Decoder::draw`].
+    pub fn submit_draws(&mut self, draws: &[Draw<'_>]) -> Result<()> {
+        let sampler = self.sampler_of(draws.len())?;
+        let softcap = self.spec.logit_softcap;
+        let mut rows = Vec::with_capacity(LOGIT_ROWS);
+        for (start, draws) in (0..).step_by(LOGIT_ROWS).zip(draws.chunks(LOGIT_ROWS)) {
+            self.logits(start)?;
+            rows.clear();
+            rows.extend((0..).zip(draws.iter().copied()));
+            let op = DrawRows { sampler, logits: self.arenas.logits, softcap, draws: &rows };
+            self.backend.submit_draws(op, start)?;
+            self.chosen[self.turn.index()] = start + draws.len();
+        }
+        Ok(())
+    }
+
+    /// What draws tokens of the last batch, for so many draws.
+    fn sampler_of(&self, draws: usize) -> Result<SamplerId> {
+        match self.arenas.sampler {
+            Some(sampler) if draws == self.last.outputs.len() => Ok(sampler),
+            _ => Err(cupola_kernels::Error::Shape {
+                op: "draw",
+                expected: format!("{} rows, on a device that draws tokens", self.last.outputs.len()),
+                got: format!("{draws} on {}", self.backend.describe()),
+            }
+            .into()),
+        }
     }
 
     /// The logits of up to [`LOGIT_ROWS`] output rows from index `start` on; returns how many.

@@ -82,6 +82,12 @@ impl Sampler {
         self.is_greedy() && self.logprobs.is_none() && !self.changes_logits(index)
     }
 
+    /// True when choosing a token takes the one before it, or more than a token is wanted; what depends on the index of a token
+    /// alone does not count.
+    pub(crate) fn looks_at_tokens(&self) -> bool {
+        self.seen.is_some() || self.logprobs.is_some()
+    }
+
     fn is_greedy(&self) -> bool {
         self.params.temperature < GREEDY_BELOW
     }

@@ -9,8 +9,18 @@
 //!   step   [ decode rows of a, b | prefill chunk of c | first chunk of d ]   up to `max_rows`
 //! ```
 //!
-//! One step is `schedule`, then the forward pass, then `commit`; between commit and the next schedule tokens are
-//! appended and sequences leave. Indices of a [`Step`] hold from `schedule` until the first sequence leaves.
+//! One step is `schedule`, then the forward pass, then `commit`; between commit and the next schedule tokens become known and
+//! sequences leave.
+//!
+//! While a step is under way, `go_ahead` may plan one more, of decode rows alone, as if no answer ended with tokens that are not
+//! known yet:
+//!
+//! ```text
+//!   schedule 1 | go_ahead 2 |  commit 1, tokens of 1 | go_ahead 3 |  commit 2, tokens of 2 ...
+//! ```
+//!
+//! A sequence may leave at any time. Its blocks are free once every step that was planned before is done, since its rows in these
+//! steps still write there; what such a row chooses is nobody's, and `get` no longer finds its sequence.
 //!
 //! A waiting sequence whose next block another one is computing stays where it is, and those behind it may pass: in the
 //! step after, the block is there, or its owner is gone and the sequence computes it itself.
@@ -36,8 +46,8 @@ pub(crate) struct Limits {
 /// Consecutive rows of one running sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Span {
-    /// Index in `running`.
-    pub(crate) seq: usize,
+    /// Which sequence: its arrival.
+    pub(crate) arrival: u64,
     /// Position of the first row.
     pub(crate) start: usize,
     /// Number of rows.
@@ -50,6 +60,8 @@ pub(crate) struct Span {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Step {
     pub(crate) spans: Vec<Span>,
+    /// Counts steps.
+    pub(crate) number: u64,
     /// Sequences that lost their blocks while this step was planned.
     pub(crate) preempted: usize,
 }
@@ -68,6 +80,11 @@ pub(crate) struct Scheduler {
     blocks: Blocks,
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,
+    /// Number of the last step that was planned, and of the last that is done: computed, or given up.
+    planned: u64,
+    done: u64,
+    /// Blocks of sequences that left, each with the last step planned before.
+    left: Vec<(u64, Vec<BlockId>)>,
 }
 
 impl Scheduler {
@@ -75,7 +92,8 @@ impl Scheduler {
     /// If the limits contradict each other.
     pub(crate) fn new(limits: Limits, num_blocks: usize) -> Self {
         assert!((1..=limits.max_rows).contains(&limits.max_seqs), "every running sequence has a row: {limits:?}");
-        Self { limits, blocks: Blocks::new(num_blocks), waiting: VecDeque::new(), running: Vec::new() }
+        let (waiting, running) = (VecDeque::new(), Vec::new());
+        Self { limits, blocks: Blocks::new(num_blocks), waiting, running, planned: 0, done: 0, left: Vec::new() }
     }
 
     /// Appends a sequence to the queue. Its tokens, answer included, must fit the pool.
@@ -91,8 +109,18 @@ impl Scheduler {
         &self.running
     }
 
-    pub(crate) fn running_mut(&mut self, index: usize) -> &mut Sequence {
-        &mut self.running[index]
+    /// A running sequence by its arrival; `None` when it has left.
+    pub(crate) fn get(&self, arrival: u64) -> Option<&Sequence> {
+        self.place(arrival).map(|index| &self.running[index])
+    }
+
+    /// As [`Scheduler::get`].
+    pub(crate) fn get_mut(&mut self, arrival: u64) -> Option<&mut Sequence> {
+        self.place(arrival).map(|index| &mut self.running[index])
+    }
+
+    fn place(&self, arrival: u64) -> Option<usize> {
+        self.running.binary_search_by_key(&arrival, |sequence| sequence.arrival).ok()
     }
 
     pub(crate) fn waiting(&self) -> &VecDeque<Sequence> {
@@ -108,21 +136,34 @@ impl Scheduler {
         self.blocks.forget();
     }
 
-    /// Takes every sequence out for which `leaves` is true, and frees its blocks.
+    /// Takes every sequence out for which `leaves` is true, and frees its blocks when no step under way writes to them.
     pub(crate) fn remove_if(&mut self, mut leaves: impl FnMut(&Sequence) -> bool) {
-        let blocks = &mut self.blocks;
-        self.running.retain(|sequence| {
+        let (planned, left) = (self.planned, &mut self.left);
+        self.running.retain_mut(|sequence| {
             let leaves = leaves(sequence);
             if leaves {
-                blocks.release(&sequence.blocks);
+                left.push((planned, std::mem::take(&mut sequence.blocks)));
             }
             !leaves
         });
         self.waiting.retain(|sequence| !leaves(sequence));
+        self.free_left();
     }
 
-    /// Plans the next step and allocates its blocks. Empty only when there is nothing to run.
+    /// Frees the blocks of sequences that left before the steps under way were planned.
+    fn free_left(&mut self) {
+        let (done, pool) = (self.done, &mut self.blocks);
+        self.left.retain(|(step, blocks)| {
+            if *step <= done {
+                pool.release(blocks);
+            }
+            *step > done
+        });
+    }
+
+    /// Plans the next step and allocates its blocks, with no step under way. Empty only when there is nothing to run.
     pub(crate) fn schedule(&mut self) -> Step {
+        assert_eq!(self.planned, self.done, "what is under way may change what can be planned");
         let mut step = Step::default();
         loop {
             let mut rows = self.limits.max_rows;
@@ -142,6 +183,36 @@ impl Scheduler {
             let mut rows = self.limits.max_rows;
             self.admit(&mut step, &mut rows);
         }
+        self.numbered(step)
+    }
+
+    /// Plans the step after the one under way, before the tokens that it chooses are known: a row for every sequence whose answer
+    /// goes on after that. `None`, with nothing changed, where such a step is not all that there is to do: with a prompt in
+    /// progress, a sequence that could be let in, a missing block, or one that is not `free` of what is not known.
+    pub(crate) fn go_ahead(&mut self, free: impl Fn(&Sequence) -> bool) -> Option<Step> {
+        let ready = |sequence: &&Sequence| sequence.unknown == 1 && sequence.remaining() == 1 && free(sequence);
+        let going_on = || self.running.iter().filter(|sequence| !sequence.is_complete());
+        let missing = |sequence: &Sequence| blocks_for(sequence.submitted + 1).saturating_sub(sequence.blocks.len());
+        if going_on().next().is_none()
+            || !going_on().all(|sequence| ready(&sequence))
+            || going_on().map(missing).sum::<usize>() > self.blocks.available()
+            || self.newcomer(&mut 0, self.promised()).is_some()
+        {
+            return None;
+        }
+        let (mut step, mut rows) = (Step::default(), self.limits.max_rows);
+        for index in 0..self.running.len() {
+            if !self.running[index].is_complete() {
+                assert!(self.grow(index, 1), "the blocks were counted");
+                self.take(index, 1, &mut step, &mut rows);
+            }
+        }
+        Some(self.numbered(step))
+    }
+
+    fn numbered(&mut self, mut step: Step) -> Step {
+        self.planned += u64::from(!step.spans.is_empty());
+        step.number = self.planned;
         step
     }
 
@@ -170,7 +241,7 @@ impl Scheduler {
                 continue;
             }
             let sequence = &self.running[index];
-            let room = (sequence.blocks.len() + self.blocks.available()) * BLOCK_SIZE - sequence.computed;
+            let room = (sequence.blocks.len() + self.blocks.available()) * BLOCK_SIZE - sequence.submitted;
             let len = remaining.min(*rows).min(room);
             if len > 0 {
                 assert!(self.grow(index, len), "the blocks were counted");
@@ -181,39 +252,46 @@ impl Scheduler {
 
     /// Lets waiting sequences in, by arrival, while the whole prompt of each has blocks.
     fn admit(&mut self, step: &mut Step, rows: &mut usize) {
-        // Blocks that running prompts have yet to allocate are not for newcomers.
-        let mut promised: usize = self
-            .running
-            .iter()
-            .map(|sequence| blocks_for(sequence.tokens.len()).saturating_sub(sequence.blocks.len()))
-            .sum();
+        let mut promised = self.promised();
         let mut next = 0;
-        while next < self.waiting.len() && self.running.len() < self.limits.max_seqs && *rows > 0 {
-            let hit = self.look_up(&self.waiting[next]);
-            if hit.announced {
-                next += 1;
-                continue;
-            }
-            let sequence = &self.waiting[next];
-            let missing = blocks_for(sequence.tokens.len()) - hit.blocks.len();
-            let revived = hit.blocks.iter().filter(|block| self.blocks.is_unused(**block)).count();
-            if missing + revived + promised > self.blocks.available() {
-                break;
-            }
+        while *rows > 0 {
+            let Some(hit) = self.newcomer(&mut next, promised) else { break };
             let mut sequence = self.waiting.remove(next).expect("the index is in range");
             hit.blocks.iter().for_each(|block| self.blocks.hold(*block));
-            sequence.computed = hit.blocks.len() * BLOCK_SIZE;
-            sequence.cached.get_or_insert(sequence.computed);
+            sequence.submitted = hit.blocks.len() * BLOCK_SIZE;
+            sequence.cached.get_or_insert(sequence.submitted);
             (sequence.blocks, sequence.chain) = (hit.blocks, hit.nodes);
             let len = sequence.remaining().min(*rows);
             let index = self.running.partition_point(|other| other.arrival < sequence.arrival);
-            step.spans.iter_mut().filter(|span| span.seq >= index).for_each(|span| span.seq += 1);
             self.running.insert(index, sequence);
             assert!(self.grow(index, len), "the blocks were counted");
             self.take(index, len, step, rows);
             let sequence = &self.running[index];
-            promised += blocks_for(sequence.tokens.len()) - sequence.blocks.len();
+            promised += blocks_for(sequence.known.len()) - sequence.blocks.len();
         }
+    }
+
+    /// Blocks that running prompts have yet to allocate: they are not for newcomers.
+    fn promised(&self) -> usize {
+        let missing = |sequence: &Sequence| blocks_for(sequence.known.len()).saturating_sub(sequence.blocks.len());
+        self.running.iter().map(missing).sum()
+    }
+
+    /// Moves `next` to the first waiting sequence from there on that does not wait for another one's blocks. Where it may be let
+    /// in, gives what the prefix cache has of it.
+    fn newcomer(&self, next: &mut usize, promised: usize) -> Option<Hit> {
+        while *next < self.waiting.len() && self.running.len() < self.limits.max_seqs {
+            let sequence = &self.waiting[*next];
+            let hit = self.look_up(sequence);
+            if hit.announced {
+                *next += 1;
+                continue;
+            }
+            let missing = blocks_for(sequence.known.len()) - hit.blocks.len();
+            let revived = hit.blocks.iter().filter(|block| self.blocks.is_unused(**block)).count();
+            return (missing + revived + promised <= self.blocks.available()).then_some(hit);
+        }
+        None
     }
 
     /// The longest beginning that the prefix cache has. The last token is always computed: its logits are wanted.
@@ -222,7 +300,7 @@ impl Scheduler {
         if !sequence.sharing.read {
             return hit;
         }
-        for i in 0..(sequence.tokens.len() - 1) / BLOCK_SIZE {
+        for i in 0..(sequence.known.len() - 1) / BLOCK_SIZE {
             match self.blocks.find(sequence.parent(&hit.nodes), sequence.block_tokens(i)) {
                 Found::Ready(node, block) => {
                     hit.nodes.push(node);
@@ -242,7 +320,7 @@ impl Scheduler {
     /// missing.
     fn grow(&mut self, index: usize, len: usize) -> bool {
         let sequence = &mut self.running[index];
-        let missing = blocks_for(sequence.computed + len).saturating_sub(sequence.blocks.len());
+        let missing = blocks_for(sequence.submitted + len).saturating_sub(sequence.blocks.len());
         if missing > self.blocks.available() {
             return false;
         }
@@ -251,21 +329,16 @@ impl Scheduler {
         true
     }
 
-    /// Puts the next `len` rows of a running sequence into the step, and announces the whole blocks they touch.
+    /// Puts the next `len` rows of a running sequence into the step, and announces the whole blocks of known tokens they touch.
     fn take(&mut self, index: usize, len: usize, step: &mut Step, rows: &mut usize) {
         let sequence = &mut self.running[index];
-        let (start, end) = (sequence.computed, sequence.computed + len);
-        if sequence.sharing.write {
-            let touched = blocks_for(end).min(sequence.tokens.len() / BLOCK_SIZE);
-            for i in sequence.chain.len()..touched {
-                let parent = sequence.parent(&sequence.chain);
-                let node = self.blocks.announce(parent, sequence.block_tokens(i), sequence.blocks[i]);
-                sequence.chain.push(node);
-            }
-        }
+        let (start, end) = (sequence.submitted, sequence.submitted + len);
+        announce(&mut self.blocks, sequence, end);
         let first_output = sequence.first_output(start, len);
+        sequence.unknown += usize::from(sequence.chooses(end));
+        sequence.submitted = end;
         *rows -= len;
-        step.spans.push(Span { seq: index, start, len, first_output });
+        step.spans.push(Span { arrival: sequence.arrival, start, len, first_output });
     }
 
     fn preempt_youngest(&mut self, step: &mut Step) {
@@ -273,28 +346,43 @@ impl Scheduler {
         self.blocks.release(&sequence.blocks);
         sequence.blocks.clear();
         sequence.chain.clear();
-        sequence.computed = 0;
+        sequence.submitted = 0;
         sequence.preemptions += 1;
         step.preempted += 1;
         let place = self.waiting.partition_point(|other| other.arrival < sequence.arrival);
         self.waiting.insert(place, sequence);
     }
 
-    /// The step has been computed: its rows are in the pool, and blocks that became whole can be shared.
+    /// The step has been computed, and all tokens of its rows are known: they are in the pool, and blocks that became whole can be
+    /// shared.
     pub(crate) fn commit(&mut self, step: &Step) {
         for span in &step.spans {
-            let sequence = &mut self.running[span.seq];
-            let before = sequence.computed;
-            sequence.computed += span.len;
+            let Some(index) = self.place(span.arrival) else { continue };
+            let (sequence, end) = (&mut self.running[index], span.start + span.len);
             if !sequence.sharing.write {
                 continue;
             }
-            for i in before / BLOCK_SIZE..sequence.computed / BLOCK_SIZE {
+            // Those whose last token was not known when the step was planned.
+            announce(&mut self.blocks, sequence, end);
+            for i in span.start / BLOCK_SIZE..end / BLOCK_SIZE {
                 let parent = sequence.parent(&sequence.chain[..i]);
                 let (tokens, block) = (sequence.block_tokens(i), sequence.blocks[i]);
                 self.blocks.publish(parent, tokens, block, sequence.chain[i]);
             }
         }
+        self.end(step);
+    }
+
+    /// The step is given up: nothing that it was to compute can be used, and its sequences leave.
+    pub(crate) fn end(&mut self, step: &Step) {
+        self.done = step.number;
+        self.free_left();
+    }
+
+    /// Nothing is under way any more, whatever was planned.
+    pub(crate) fn end_all(&mut self) {
+        self.done = self.planned;
+        self.free_left();
     }
 
     /// Checks the block tables and the queues.
@@ -303,14 +391,19 @@ impl Scheduler {
     /// A sentence about the first inconsistency.
     pub(crate) fn check(&self) -> Result<KvReport, String> {
         for sequence in &self.running {
-            let (blocks, computed) = (sequence.blocks.len(), sequence.computed);
-            if blocks < blocks_for(computed) || sequence.remaining() == 0 {
-                return Err(format!(
-                    "request {} has {blocks} blocks for {computed} of {} tokens",
-                    sequence.slot,
-                    sequence.tokens.len()
-                ));
+            let (blocks, submitted, scheduled) = (sequence.blocks.len(), sequence.submitted, sequence.scheduled_len());
+            if blocks < blocks_for(submitted) || submitted > scheduled || sequence.answers && submitted == scheduled {
+                let slot = sequence.slot;
+                return Err(format!("request {slot} has {blocks} blocks for {submitted} of {scheduled} tokens"));
             }
+            let under_way = self.planned - self.done;
+            if sequence.unknown as u64 > under_way {
+                let (slot, unknown) = (sequence.slot, sequence.unknown);
+                return Err(format!("request {slot} lacks {unknown} tokens with {under_way} steps under way"));
+            }
+        }
+        if let Some((step, _)) = self.left.iter().find(|(step, _)| *step <= self.done) {
+            return Err(format!("blocks are held for step {step}, and step {} is done", self.done));
         }
         if let Some(sequence) = self.waiting.iter().find(|sequence| !sequence.blocks.is_empty()) {
             return Err(format!("request {} waits and holds {} blocks", sequence.slot, sequence.blocks.len()));
@@ -320,7 +413,21 @@ impl Scheduler {
         if !by_arrival {
             return Err("the queues are not in order of arrival".into());
         }
-        self.blocks.check(self.running.iter().map(|sequence| sequence.blocks.as_slice()))
+        let left = self.left.iter().map(|(_, blocks)| blocks.as_slice());
+        self.blocks.check(self.running.iter().map(|sequence| sequence.blocks.as_slice()).chain(left))
+    }
+}
+
+/// Announces the whole blocks of known tokens that the rows of a sequence up to `end` touch, where it shares them.
+fn announce(pool: &mut Blocks, sequence: &mut Sequence, end: usize) {
+    if !sequence.sharing.write {
+        return;
+    }
+    let touched = blocks_for(end).min(sequence.known.len() / BLOCK_SIZE);
+    for i in sequence.chain.len()..touched {
+        let parent = sequence.parent(&sequence.chain);
+        let node = pool.announce(parent, sequence.block_tokens(i), sequence.blocks[i]);
+        sequence.chain.push(node);
     }
 }
 

@@ -189,8 +189,10 @@ fn the_tokens_of_many_sequences_come_in_several_rounds() {
     }
 }
 
-fn engine(device: &Device, enforce_eager: bool, kv_cache_type: KvType) -> EngineHandle {
+/// An engine that records its steps or not, and that submits them ahead or not.
+fn engine(device: &Device, (enforce_eager, async_scheduling): (bool, bool), kv_cache_type: KvType) -> EngineHandle {
     let config = EngineConfig {
+        async_scheduling,
         max_num_seqs: SEQUENCES,
         max_num_batched_tokens: 128,
         max_model_len: Some(POSITIONS),
@@ -260,32 +262,39 @@ fn agree(got: &[Answer], cpu: &[Answer]) -> usize {
 
 /// Prompts of several lengths, some with a common beginning; then the same conversations, longer.
 #[test]
-fn the_engine_gives_the_tokens_of_the_cpu_with_and_without_recordings() {
+fn the_engine_gives_the_tokens_of_the_cpu_with_and_without_recordings_and_steps_ahead() {
     let mut first: Vec<_> =
         [5, 40, 130, 33, 64, 300].iter().enumerate().map(|(i, &len)| prompt(100 + i, len)).collect();
     first.extend((0..4).map(|i| [prompt(1, 96), prompt(200 + i, 10)].concat()));
     let second: Vec<_> = first.iter().map(|prompt| [prompt.as_slice(), &[5, 6, 7]].concat()).collect();
-    let cpu = engine(&Device::Cpu(CpuConfig::default()), false, KvType::F16);
+    let cpu = engine(&Device::Cpu(CpuConfig::default()), (false, true), KvType::F16);
     let expected = [&first, &second].map(|prompts| answers(&cpu, prompts, Some(5)));
-    for enforce_eager in [false, true] {
-        let engine = engine(&device(), enforce_eager, KvType::F16);
+    let mut tokens: Vec<Vec<Vec<u32>>> = Vec::new();
+    for (enforce_eager, async_scheduling) in [(false, true), (true, true), (false, false)] {
+        let engine = engine(&device(), (enforce_eager, async_scheduling), KvType::F16);
+        let mut answered = Vec::new();
         for (round, (prompts, expected)) in [&first, &second].into_iter().zip(&expected).enumerate() {
             let got = answers(&engine, prompts, None);
             let (same, all) = (agree(&got, expected), got.iter().map(|answer| answer.tokens.len()).sum::<usize>());
             assert!(same * 4 >= all * 3, "only {same} of {all} tokens can be compared");
             let reused = got.iter().filter(|answer| answer.usage.cached_tokens > 0).count();
             assert!(reused >= [3, 9][round], "{reused} prompts found their beginning in round {round}");
+            answered.extend(got.into_iter().map(|answer| answer.tokens));
         }
+        let (steps, ahead) = (engine.metrics().steps.get(), engine.metrics().steps_ahead.get());
+        assert_eq!(ahead * 2 > steps, async_scheduling, "{ahead} of {steps} steps were submitted ahead");
         engine.shutdown();
+        tokens.push(answered);
     }
+    assert_eq!(tokens[0], tokens[2], "whenever the host reads the tokens, they are the same");
 }
 
 /// A conversation goes on from keys and values of 8 bits that were computed before, as if they were computed again.
 #[test]
 fn the_engine_reuses_beginnings_of_8_bits() {
     let prompts: Vec<_> = [40, 130, 300].iter().enumerate().map(|(i, &len)| prompt(100 + i, len)).collect();
-    let warm = engine(&device(), false, KvType::Fp8);
-    let cold = engine(&device(), true, KvType::Fp8);
+    let warm = engine(&device(), (false, true), KvType::Fp8);
+    let cold = engine(&device(), (true, true), KvType::Fp8);
     answers(&warm, &prompts, None);
     let longer: Vec<_> = prompts.iter().map(|prompt| [prompt.as_slice(), &prompt[..35]].concat()).collect();
     let (got, expected) = (answers(&warm, &longer, Some(5)), answers(&cold, &longer, Some(5)));

@@ -47,8 +47,8 @@ fn same(got: &Answer, expected: &Answer) {
 }
 
 /// Runs requests from `concurrency` clients that start at random times and leave every ninth answer early. Gives the
-/// number of preemptions.
-fn crowd(plan: Plan, concurrency: usize, requests: &[Request], expected: &[Answer]) -> u64 {
+/// number of preemptions, and of steps that were submitted ahead.
+fn crowd(plan: Plan, concurrency: usize, requests: &[Request], expected: &[Answer]) -> (u64, u64) {
     let rig = plan.start();
     let next = Mutex::new(0);
     std::thread::scope(|scope| {
@@ -84,7 +84,7 @@ fn crowd(plan: Plan, concurrency: usize, requests: &[Request], expected: &[Answe
         }
     });
     rig.settle();
-    rig.engine.metrics().preemptions.get()
+    (rig.engine.metrics().preemptions.get(), rig.engine.metrics().steps_ahead.get())
 }
 
 #[test]
@@ -97,11 +97,55 @@ fn batched_is_alone_at_every_concurrency_and_pool_size() {
         for (blocks, rows) in [(256, 512), (16, 512), (16, 48)] {
             let config = EngineConfig { max_num_batched_tokens: rows, ..EngineConfig::default() };
             let plan = Plan { blocks, step_time: Duration::from_micros(200), config, ..Plan::default() };
-            let preemptions = crowd(plan, concurrency, &requests, &expected);
+            let (preemptions, _) = crowd(plan, concurrency, &requests, &expected);
             if concurrency == 32 {
                 assert_eq!(preemptions > 0, blocks == 16, "{preemptions} preemptions with {blocks} blocks");
             }
         }
+    }
+}
+
+/// Greedy requests that end in every way.
+fn greedy_requests(count: usize, seed: u64) -> Vec<Request> {
+    let mut dice = Dice(seed);
+    let one = |i: usize| {
+        let longest = 1 + dice.below(60);
+        let mut request = Request::greedy(dice.prompt(90), longest);
+        match i % 4 {
+            0 => request.stop.strings = vec!["qu".into(), "the".into(), "a".into()],
+            1 => request.stop.token_ids = (0..4).map(|_| dice.below(VOCAB) as u32).collect(),
+            2 => request.stop.ignore_eos = true,
+            _ => request.stop.min_tokens = dice.below(longest),
+        }
+        request
+    };
+    (0..count).map(one).collect()
+}
+
+#[test]
+fn answers_are_the_same_with_steps_submitted_ahead_and_without() {
+    let requests = greedy_requests(150, 11);
+    let expected = alone(&requests);
+    let ends = |which: fn(&Answer) -> bool| expected.iter().filter(|answer| which(answer)).count();
+    assert!(ends(|answer| matches!(answer.end, Some((FinishReason::Stop, None)))) > 10, "the model's own end");
+    assert!(ends(|answer| matches!(answer.end, Some((FinishReason::Stop, Some(_))))) > 10, "stop tokens and texts");
+    assert!(ends(|answer| matches!(answer.end, Some((FinishReason::Length, _)))) > 10, "lengths");
+    for async_scheduling in [true, false] {
+        let mut all = 0;
+        for concurrency in [1, 3, 24] {
+            // The smallest pool there can be, and slots that newcomers wait for.
+            for (blocks, max_num_seqs) in [(256, 256), (16, 256), (256, 4), (20, 8)] {
+                let config = EngineConfig { async_scheduling, max_num_seqs, ..EngineConfig::default() };
+                let plan = Plan { blocks, step_time: Duration::from_micros(100), config, ..Plan::default() };
+                let (preemptions, ahead) = crowd(plan, concurrency, &requests, &expected);
+                if (concurrency, max_num_seqs) == (24, 256) {
+                    assert_eq!(preemptions > 0, blocks == 16, "{preemptions} preemptions with {blocks} blocks");
+                }
+                all += ahead;
+                assert_eq!(ahead > 0, async_scheduling && crate::ASYNCHRONOUS);
+            }
+        }
+        println!("{all} steps were submitted ahead");
     }
 }
 

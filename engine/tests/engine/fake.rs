@@ -7,11 +7,13 @@
 //! ```
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use cupola_engine::{ModelRunner, RunError, TokenText};
+use cupola_kernels::Turn;
 use cupola_kernels::kv::BLOCK_SIZE;
 use cupola_models::Batch;
 
@@ -74,14 +76,22 @@ pub(crate) struct Work {
     pub(crate) rows: AtomicUsize,
     pub(crate) batches: AtomicUsize,
     pub(crate) widest: AtomicUsize,
-    /// A batch was submitted to an asynchronous runner, and nobody has waited for it yet.
-    pub(crate) computing: AtomicBool,
+    /// Batches that were submitted to an asynchronous runner, and that nobody has waited for yet.
+    pub(crate) computing: AtomicUsize,
+    /// The most of these at a time.
+    pub(crate) deepest: AtomicUsize,
+    /// The batch of this number, from 1 on, fails while it is computed; 0 for none.
+    pub(crate) error_at: AtomicUsize,
+    /// From the batch of this number on, the device is lost; 0 for never.
+    pub(crate) lost_at: AtomicUsize,
 }
 
 pub(crate) struct FakeRunner {
     memory: Vec<u32>,
     logits: Vec<f32>,
-    argmax: Vec<u32>,
+    /// What batches of each turn have chosen.
+    argmax: [Vec<u32>; 2],
+    turn: Turn,
     step_time: Duration,
     work: Arc<Work>,
 }
@@ -91,7 +101,8 @@ const EMPTY: u32 = u32::MAX;
 impl FakeRunner {
     pub(crate) fn new(num_blocks: usize, step_time: Duration, work: Arc<Work>) -> Self {
         let memory = vec![EMPTY; num_blocks * BLOCK_SIZE];
-        Self { memory, logits: Vec::new(), argmax: Vec::new(), step_time, work }
+        let (logits, argmax, turn) = (Vec::new(), [Vec::new(), Vec::new()], Turn::default());
+        Self { memory, logits, argmax, turn, step_time, work }
     }
 }
 
@@ -119,28 +130,66 @@ pub(crate) fn mix(x: u64) -> u64 {
     x ^ (x >> 33)
 }
 
-/// The same runner on a thread: `forward` returns before anything is computed, and only results are waited for.
+/// The same runner on a thread: `forward` returns before anything is computed, and only results are waited for. Batches are
+/// computed in the order in which they were submitted, each with the tokens that the one before has chosen.
 pub(crate) struct AsyncRunner {
-    idle: Option<FakeRunner>,
-    busy: Option<JoinHandle<(FakeRunner, Result<(), RunError>)>>,
+    batches: Sender<Batch>,
+    done: Receiver<Done>,
+    thread: Option<JoinHandle<()>>,
+    /// Number of batches submitted and waited for, and the number of the last one of each turn.
+    submitted: usize,
+    waited: usize,
+    last: [usize; 2],
+    turn: Turn,
+    logits: Vec<f32>,
+    argmax: [Vec<u32>; 2],
     work: Arc<Work>,
 }
 
+/// What became of a batch: its turn, logits and tokens.
+type Done = Result<(Turn, Vec<f32>, Vec<u32>), RunError>;
+
 impl AsyncRunner {
-    pub(crate) fn new(runner: FakeRunner) -> Self {
+    pub(crate) fn new(mut runner: FakeRunner) -> Self {
         let work = Arc::clone(&runner.work);
-        Self { idle: Some(runner), busy: None, work }
+        let (batches, inbox) = channel::<Batch>();
+        let (results, done) = channel();
+        let compute = move || {
+            for batch in inbox {
+                let computed = runner.forward(&batch);
+                let tokens = runner.argmax[batch.turn.index()].clone();
+                // Nobody listens when the engine ends.
+                drop(results.send(computed.map(|()| (batch.turn, runner.logits.clone(), tokens))));
+            }
+        };
+        Self {
+            batches,
+            done,
+            thread: Some(std::thread::spawn(compute)),
+            submitted: 0,
+            waited: 0,
+            last: [0; 2],
+            turn: Turn::default(),
+            logits: Vec::new(),
+            argmax: [Vec::new(), Vec::new()],
+            work,
+        }
     }
 
-    /// The runner once it is done, and what became of its last batch.
-    fn wait(&mut self) -> Result<&mut FakeRunner, RunError> {
-        if let Some(busy) = self.busy.take() {
-            let (runner, computed) = busy.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            self.work.computing.store(false, Relaxed);
-            self.idle = Some(runner);
-            computed?;
+    /// Waits for the last batch of a turn.
+    fn wait(&mut self, turn: Turn) -> Result<(), RunError> {
+        while self.waited < self.last[turn.index()] {
+            let Ok(done) = self.done.recv() else {
+                let ended = self.thread.take().expect("it ends once").join();
+                std::panic::resume_unwind(ended.expect_err("it ends with its runner, or in a panic"));
+            };
+            self.waited += 1;
+            self.work.computing.fetch_sub(1, Relaxed);
+            let (turn, logits, tokens) = done?;
+            self.logits = logits;
+            self.argmax[turn.index()] = tokens;
         }
-        Ok(self.idle.as_mut().expect("a runner that is not busy is idle"))
+        Ok(())
     }
 }
 
@@ -153,27 +202,34 @@ impl ModelRunner for AsyncRunner {
         true
     }
 
+    fn carries(&self) -> bool {
+        true
+    }
+
     fn forward(&mut self, batch: &Batch) -> Result<(), RunError> {
-        self.wait()?;
         // What the host can tell is told at once; a lost device, by whoever waits.
         if batch.tokens.contains(&ERROR) {
             return Err("an error was asked for".to_owned().into());
         }
-        let (mut runner, batch) = (self.idle.take().expect("it was waited for"), batch.clone());
-        self.work.computing.store(true, Relaxed);
-        self.busy = Some(std::thread::spawn(move || {
-            let computed = runner.forward(&batch);
-            (runner, computed)
-        }));
+        self.submitted += 1;
+        self.turn = batch.turn;
+        self.last[batch.turn.index()] = self.submitted;
+        let under_way = self.work.computing.fetch_add(1, Relaxed) + 1;
+        self.work.deepest.fetch_max(under_way, Relaxed);
+        // A thread that has panicked is found by whoever waits.
+        drop(self.batches.send(batch.clone()));
         Ok(())
     }
 
-    fn argmax(&mut self) -> Result<&[u32], RunError> {
-        self.wait()?.argmax()
+    fn chosen(&mut self, turn: Turn) -> Result<&[u32], RunError> {
+        self.wait(turn)?;
+        Ok(&self.argmax[turn.index()])
     }
 
     fn for_each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<(), RunError> {
-        self.wait()?.for_each_logits(f)
+        self.wait(self.turn)?;
+        for_each_row(&mut self.logits, f);
+        Ok(())
     }
 }
 
@@ -184,15 +240,21 @@ impl ModelRunner for FakeRunner {
 
     fn forward(&mut self, batch: &Batch) -> Result<(), RunError> {
         self.work.rows.fetch_add(batch.tokens.len(), Relaxed);
-        self.work.batches.fetch_add(1, Relaxed);
+        let number = self.work.batches.fetch_add(1, Relaxed) + 1;
         self.work.widest.fetch_max(batch.spans.len(), Relaxed);
         std::thread::sleep(self.step_time);
         assert!(!batch.tokens.contains(&PANIC), "a panic was asked for");
-        if batch.tokens.contains(&ERROR) {
+        if batch.tokens.contains(&ERROR) || number == self.work.error_at.load(Relaxed) {
             return Err("an error was asked for".to_owned().into());
         }
-        if batch.tokens.contains(&FATAL) {
+        let lost_at = self.work.lost_at.load(Relaxed);
+        if batch.tokens.contains(&FATAL) || (1..=number).contains(&lost_at) {
             return Err(RunError { message: "the device is lost".into(), fatal: true });
+        }
+        let mut tokens = batch.tokens.clone();
+        for (token, &result) in tokens.iter_mut().zip(&batch.carried) {
+            // A batch that failed has chosen nothing.
+            *token = self.argmax[batch.turn.other().index()].get(result as usize).copied().unwrap_or(0);
         }
         let place = |table: &[cupola_kernels::BlockId], position: usize| {
             table[position / BLOCK_SIZE].0 as usize * BLOCK_SIZE + position % BLOCK_SIZE
@@ -204,11 +266,13 @@ impl ModelRunner for FakeRunner {
             .collect();
         for (span, table) in batch.spans.iter().zip(&tables) {
             for i in 0..span.rows as usize {
-                self.memory[place(table, span.pos0 as usize + i)] = batch.tokens[span.row0 as usize + i];
+                self.memory[place(table, span.pos0 as usize + i)] = tokens[span.row0 as usize + i];
             }
         }
         self.logits.clear();
-        self.argmax.clear();
+        self.turn = batch.turn;
+        let chosen = &mut self.argmax[batch.turn.index()];
+        chosen.clear();
         let mut outputs = batch.outputs.iter().copied().peekable();
         for (span, table) in batch.spans.iter().zip(&tables) {
             while let Some(row) = outputs.next_if(|row| *row < span.row0 + span.rows) {
@@ -218,7 +282,7 @@ impl ModelRunner for FakeRunner {
                     return Err(format!("position {position} reads a place that was never written").into());
                 }
                 let logits = logits_after(&context);
-                self.argmax.push(argmax(&logits));
+                chosen.push(argmax(&logits));
                 if !batch.greedy {
                     self.logits.extend(logits);
                 }
@@ -227,17 +291,22 @@ impl ModelRunner for FakeRunner {
         Ok(())
     }
 
-    fn argmax(&mut self) -> Result<&[u32], RunError> {
-        Ok(&self.argmax)
+    fn chosen(&mut self, _turn: Turn) -> Result<&[u32], RunError> {
+        Ok(&self.argmax[self.turn.index()])
     }
 
     fn for_each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<(), RunError> {
-        std::thread::scope(|scope| {
-            let mut rows: Vec<_> = self.logits.chunks_mut(VOCAB).enumerate().collect();
-            let second = rows.split_off(rows.len() / 2);
-            scope.spawn(move || second.into_iter().for_each(|(i, row)| f(i, row)));
-            rows.into_iter().for_each(|(i, row)| f(i, row));
-        });
+        for_each_row(&mut self.logits, f);
         Ok(())
     }
+}
+
+/// On two threads.
+fn for_each_row(logits: &mut [f32], f: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+    std::thread::scope(|scope| {
+        let mut rows: Vec<_> = logits.chunks_mut(VOCAB).enumerate().collect();
+        let second = rows.split_off(rows.len() / 2);
+        scope.spawn(move || second.into_iter().for_each(|(i, row)| f(i, row)));
+        rows.into_iter().for_each(|(i, row)| f(i, row));
+    });
 }

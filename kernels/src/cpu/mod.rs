@@ -45,7 +45,7 @@ use crate::kv::KvType;
 use crate::memory::{Arena, SharedMut};
 use crate::{
     ActId, Attention, Backend, BufferId, Epilogue, Error, GateFn, KvId, KvLayout, LinearId, PartOrder, Result, RopeId,
-    RopeStore, Rows, VectorId, WeightPart,
+    RopeStore, Rows, Turn, VectorId, WeightPart,
 };
 
 pub use isa::{ISA_VARIABLE, Isa};
@@ -461,10 +461,10 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn argmaxes(&mut self, count: usize) -> Result<&[u32]> {
+    fn chosen(&mut self, _turn: Turn, count: usize) -> Result<&[u32]> {
         let chosen = self.chosen.len();
         self.chosen.get(..count).ok_or_else(|| Error::Shape {
-            op: "argmaxes",
+            op: "chosen",
             expected: format!("at most the {chosen} results there are"),
             got: count.to_string(),
         })

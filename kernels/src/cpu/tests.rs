@@ -4,7 +4,7 @@ use half::f16;
 
 use super::*;
 use crate::cpu::simd::tests::runnable;
-use crate::{BlockId, HeadShape, KvType, RopePairs, SeqSpan, WeightType};
+use crate::{BlockId, HeadShape, KvType, RopePairs, SeqSpan, Turn, WeightType};
 
 fn backends() -> impl Iterator<Item = CpuBackend> {
     let configs = runnable().into_iter().flat_map(|isa| [1, 2, 5].map(|threads| (isa, threads)));
@@ -226,9 +226,9 @@ fn argmax_and_embed_read_the_same_table() {
             // In two rounds: the first results stay.
             backend.linear_argmax(act, rows, table, 0).unwrap();
             backend.linear_argmax(act, rows, table, rows).unwrap();
-            let best = backend.argmaxes(2 * rows).unwrap().to_vec();
+            let best = backend.chosen(Turn::A, 2 * rows).unwrap().to_vec();
             assert_eq!(best[..rows], best[rows..]);
-            assert!(backend.argmaxes(2 * rows + 1).is_err());
+            assert!(backend.chosen(Turn::A, 2 * rows + 1).is_err());
             for (row, &best) in get(&mut backend, logits, rows).iter().zip(&best) {
                 let largest = row.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
                 assert_eq!(row.iter().position(|&x| x == largest), Some(best as usize));

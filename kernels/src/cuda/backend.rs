@@ -7,10 +7,11 @@
 //!     ├── samplers  what draws tokens               sample_*
 //!     ├── pools     bf16 or fp8, heads padded to a width that has kernels
 //!     ├── passes    what ops read of rows and sequences      embed, rope_store, decode_*, prefill_*, attention_merge
+//!     ├── results   tokens that passes have chosen           argmax, carry_tokens
 //!     └── graphs    passes that were recorded
 //! ```
 //!
-//! Every op checks its sizes as the CPU's do, then submits kernels and returns; only `argmaxes`, `draw` and ops on rows
+//! Every op checks its sizes as the CPU's do, then submits kernels and returns; only `chosen`, `draw` and ops on rows
 //! of the host wait.
 //! The residual stream and all projections are f32, what matrix products and attention multiply is bf16, sums are f32.
 
@@ -25,18 +26,18 @@ use super::graphs::{Graphs, Next};
 use super::host_rows::HostRows;
 use super::large::Large;
 use super::pass::Passes;
-use super::pinned::Pinned;
 use super::pool::{NO_WINDOW, Pool, launch_attention};
 use super::products::{Expanded, Finish, Output, product};
+use super::results::Results;
 use super::sampling::Sampler;
-use super::scratch::argmax_bytes;
 use super::weights::{Format, Linear};
 use crate::checks::{check_cols, check_order, next_id};
 use crate::cpu::rope::RopeTable;
 use crate::kv::BLOCK_SIZE;
 use crate::{
     ActId, Attention, Backend, BufferId, DrawRows, Drawn, Epilogue, Error, GateFn, HeadShape, KvId, KvLayout, LinearId,
-    PartOrder, Pass, PassLimits, Recorded, Result, RopeId, RopePairs, RopeStore, Rows, SamplerId, VectorId, WeightPart,
+    PartOrder, Pass, PassLimits, Recorded, Result, RopeId, RopePairs, RopeStore, Rows, SamplerId, Turn, VectorId,
+    WeightPart,
 };
 
 /// The ops of a decoder on a CUDA device.
@@ -53,12 +54,7 @@ pub struct CudaBackend {
     graphs: Graphs,
     expanded: Expanded,
     large: Large,
-    /// Best value and feature of each panel.
-    panels: Option<[DeviceBytes; 2]>,
-    /// Results of `linear_argmax`, there and here.
-    chosen: Option<(DeviceBytes, Pinned)>,
-    /// How many of them there are.
-    results: usize,
+    results: Results,
     host: HostRows,
 }
 
@@ -86,9 +82,7 @@ impl CudaBackend {
             passes: Passes::default(),
             graphs: Graphs::default(),
             expanded: Expanded::default(),
-            panels: None,
-            chosen: None,
-            results: 0,
+            results: Results::default(),
             host: HostRows::new()?,
         })
     }
@@ -99,25 +93,21 @@ impl CudaBackend {
         self.device.launch(&kernel, Launch { grid: (rows as u32, 1), block, shared: 0 }, args)
     }
 
-    /// Makes room for the panels of an argmax of `rows` rows, and for results up to `results`.
-    fn fit_argmax(&mut self, weight: LinearId, rows: usize, results: usize) -> Result<()> {
-        const WHAT: &str = "the best of each panel";
-        let bytes = argmax_bytes(rows, self.linears[weight.0 as usize].panels());
-        if self.panels.as_ref().is_none_or(|panels| panels[0].len() < bytes) {
-            self.panels = None;
-            self.panels = Some([self.device.alloc(bytes, WHAT)?, self.device.alloc(bytes, WHAT)?]);
+    /// That the rows of an op lie in its logits, one a draw; gives the number of their buffer.
+    fn check_draws(&self, op: &DrawRows<'_>) -> Result<usize> {
+        const OP: &str = "draw";
+        let vocab = self.samplers[op.sampler.0 as usize].vocab();
+        let logits = op.logits.0 as usize;
+        self.buffers[logits].check(OP, op.draws.last().map_or(0, |(row, _)| *row as usize + 1), vocab)?;
+        if !op.draws.is_sorted_by(|a, b| a.0 < b.0) {
+            let rows: Vec<_> = op.draws.iter().map(|(row, _)| row).collect();
+            return Err(Error::Shape { op: OP, expected: "rows in ascending order".into(), got: format!("{rows:?}") });
         }
-        if self.chosen.as_ref().is_none_or(|(_, here)| here.len() < results) {
-            let (mut there, mut here) =
-                (self.device.alloc(4 * results, WHAT)?, Pinned::new(&self.device, results, WHAT)?);
-            // Results of earlier rounds stay.
-            if let Some((_, old)) = &mut self.chosen {
-                here.words_mut()?[..old.len()].copy_from_slice(old.words_mut()?);
-                here.upload(&self.device, old.len(), &mut there)?;
-            }
-            self.chosen = Some((there, here));
+        if op.softcap.is_some_and(|cap| !(cap > 0.0 && cap.is_finite())) {
+            let expected = "a softcap above 0".into();
+            return Err(Error::Shape { op: OP, expected, got: format!("{:?}", op.softcap) });
         }
-        Ok(())
+        Ok(logits)
     }
 
     fn check_consumer(&self, op: &'static str, consumer: LinearId, cols: usize) -> Result<()> {
@@ -281,7 +271,7 @@ impl Backend for CudaBackend {
         };
         let (tiles, scales) = (part.tiles.at(0), part.scales.as_ref().map_or(NULL, |scales| scales.at(0)));
         let (blocks, cols) = (weight.blocks() as u32, weight.cols as u32);
-        let ids = self.passes.tokens(&mut self.device, tokens)?;
+        let ids = self.passes.tokens(&mut self.device, (tokens, weight.rows))?;
         let out = self.buffers[out.0 as usize].values.at(0);
         let args = [tiles, scales, ids, out, Arg::U32(blocks), Arg::U32(cols), Arg::F32(scale)];
         self.launch_rows(name, tokens.len(), 128, &args)
@@ -491,37 +481,27 @@ impl Backend for CudaBackend {
 
     fn linear_argmax(&mut self, x: ActId, rows: usize, weight: LinearId, first: usize) -> Result<()> {
         const OP: &str = "linear_argmax";
-        let id = weight;
-        let weight = &self.linears[id.0 as usize];
+        let weight = &self.linears[weight.0 as usize];
         check_order(OP, weight.order, PartOrder::Concat)?;
-        self.acts[x.0 as usize].read(OP, rows, weight.cols)?;
-        self.fit_argmax(id, rows, first + rows)?;
-        let (weight, x) = (&self.linears[id.0 as usize], &self.acts[x.0 as usize]);
-        let x = x.read(OP, rows, weight.cols)?;
+        let x = self.acts[x.0 as usize].read(OP, rows, weight.cols)?;
         let panels = weight.panels();
-        let [values, features] = self.panels.as_ref().expect("`fit_argmax` made them");
+        let ([values, features], place) = self.results.argmax(&mut self.device, (rows, panels), first + rows)?;
         let output = Output { memory: values, stride: panels, index: Some(features) };
         product(&mut self.device, (&self.expanded, &mut self.large), weight, x, Finish::Argmax, output)?;
         let kernel = self.device.kernel("elementwise", "argmax")?;
-        let (there, here) = self.chosen.as_mut().expect("`fit_argmax` made it");
-        let args = [values.at(0), features.at(0), there.at(4 * first), Arg::U32(panels as u32)];
+        let args = [values.at(0), features.at(0), place.there.at(4 * first), Arg::U32(panels as u32)];
         self.device.launch(&kernel, Launch { grid: (rows as u32, 1), block: 256, shared: 0 }, &args)?;
-        self.results = first + rows;
-        here.download(&self.device, there, first, rows)
+        place.copy_back(&self.device, first, rows, weight.rows)
     }
 
-    fn argmaxes(&mut self, count: usize) -> Result<&[u32]> {
-        if count > self.results {
-            let expected = format!("at most the {} results there are", self.results);
-            return Err(Error::Shape { op: "argmaxes", expected, got: count.to_string() });
-        }
-        let Some((_, here)) = &mut self.chosen else { return Ok(&[]) };
-        Ok(&here.words_mut()?[..count])
+    fn chosen(&mut self, turn: Turn, count: usize) -> Result<&[u32]> {
+        self.results.chosen(turn, count)
     }
 
     fn reserve(&mut self, limits: &PassLimits<'_>) -> Result<()> {
         self.passes.reserve(&mut self.device, limits)?;
-        self.fit_argmax(limits.head, limits.head_rows, limits.rows)
+        let panels = self.linears[limits.head.0 as usize].panels();
+        self.results.reserve(&mut self.device, (limits.head_rows, panels), limits.rows)
     }
 
     fn is_asynchronous(&self) -> bool {
@@ -540,7 +520,9 @@ impl Backend for CudaBackend {
             let expected = "one row of each sequence in a pass that is repeated".into();
             return Err(Error::Shape { op: OP, expected, got: format!("{span:?}") });
         }
-        self.passes.begin(&mut self.device, pass, blocks)
+        let source = self.results.source(pass)?;
+        self.results.begin(pass.turn);
+        self.passes.begin(&mut self.device, (pass, source), blocks)
     }
 
     fn replay(&mut self, ops: &mut dyn FnMut(&mut dyn Backend) -> Result<()>) -> Result<()> {
@@ -585,19 +567,18 @@ impl Backend for CudaBackend {
     }
 
     fn draw(&mut self, op: DrawRows<'_>, out: &mut Vec<Drawn>) -> Result<()> {
-        const OP: &str = "draw";
-        let sampler = &mut self.samplers[op.sampler.0 as usize];
-        let logits = &self.buffers[op.logits.0 as usize];
-        logits.check(OP, op.draws.last().map_or(0, |(row, _)| *row as usize + 1), sampler.vocab())?;
-        if !op.draws.is_sorted_by(|a, b| a.0 < b.0) {
-            let rows: Vec<_> = op.draws.iter().map(|(row, _)| row).collect();
-            return Err(Error::Shape { op: OP, expected: "rows in ascending order".into(), got: format!("{rows:?}") });
-        }
-        if op.softcap.is_some_and(|cap| !(cap > 0.0 && cap.is_finite())) {
-            let expected = "a softcap above 0".into();
-            return Err(Error::Shape { op: OP, expected, got: format!("{:?}", op.softcap) });
-        }
+        let logits = self.check_draws(&op)?;
         out.clear();
-        sampler.draw(&mut self.device, &logits.values, op.softcap, op.draws, out)
+        let sampler = &mut self.samplers[op.sampler.0 as usize];
+        sampler.draw(&mut self.device, &self.buffers[logits].values, (op.softcap, op.draws), out)
+    }
+
+    fn submit_draws(&mut self, op: DrawRows<'_>, first: usize) -> Result<()> {
+        let logits = self.check_draws(&op)?;
+        let (rows, sampler) = (op.draws.len(), &mut self.samplers[op.sampler.0 as usize]);
+        let place = self.results.place(&mut self.device, first + rows)?;
+        let to = (&place.there, first);
+        sampler.submit(&mut self.device, &self.buffers[logits].values, (op.softcap, op.draws), Some(to))?;
+        place.copy_back(&self.device, first, rows, sampler.vocab())
     }
 }

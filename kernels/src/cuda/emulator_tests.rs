@@ -8,7 +8,7 @@ use super::driver::{Arg, Device, Launch};
 use super::prebuilt::UNITS;
 use super::probe::{DRIVER_VARIABLE, devices};
 use super::{CudaBackend, testing};
-use crate::{Backend, Pass};
+use crate::{Backend, Pass, Turn};
 
 const KERNEL_VARIABLE: &str = "CUPOLA_TEST_KERNEL";
 const INPUTS: usize = 512;
@@ -152,7 +152,16 @@ fn repeat_a_pass() {
     let norm = backend.load_vector(&[1.0; 32]).unwrap();
     assert!(backend.record_passes(true));
     for _ in 0..3 {
-        let pass = Pass { tokens: &[0], spans: &[], last_spans: &[], kept: &[], block_table: &[], repeated: Some(0) };
+        let pass = Pass {
+            tokens: &[0],
+            carried: &[],
+            turn: Turn::A,
+            spans: &[],
+            last_spans: &[],
+            kept: &[],
+            block_table: &[],
+            repeated: Some(0),
+        };
         backend.begin_pass(&pass).unwrap();
         let y = backend.alloc_buffer(1, 32).unwrap();
         backend.for_each_row(y, 1, &|_, values| values.fill(3.0)).unwrap();

@@ -23,6 +23,7 @@ mod pool;
 mod prebuilt;
 pub mod probe;
 mod products;
+mod results;
 mod sampling;
 mod scratch;
 #[cfg(any(test, feature = "testing"))]

@@ -11,12 +11,16 @@
 //! alone: everything but the block tables, which come last, then lies at the same place with the same size, and what there
 //! is too much of does nothing.
 //!
+//! Rows whose token ids are results of the pass before come with the numbers of these results in their places; one launch
+//! behind the copy replaces them. It is no part of what is recorded, so recordings need not know where results lie.
+//!
 //! An op finds what it needs by comparing. What the pass was not told of replaces its like, with a copy of its own; a decoder
 //! tells all.
 
 use super::batch::{Cut, FEW, Item, Kinds, MANY, MOST_FEW, PIECE, SLOTS, cut_items};
 use super::driver::{Arg, Device, DeviceBytes};
 use super::pinned::Pinned;
+use super::results::Source;
 use crate::cpu::spans::Spans;
 use crate::kv::{BLOCK_SIZE, BlockId, SeqSpan, blocks_for};
 use crate::{Error, Pass, PassLimits, Result};
@@ -53,6 +57,9 @@ pub(super) struct Passes {
 #[derive(Default)]
 struct Told {
     tokens: Vec<u32>,
+    /// Results of the pass before that take the places of the first tokens, and where they are.
+    carried: Vec<u32>,
+    source: Option<Source>,
     kept: Vec<u32>,
     /// Every row's sequences, and those of the last rows.
     sets: [Vec<SeqSpan>; 2],
@@ -133,13 +140,20 @@ impl Passes {
     /// # Errors
     /// [`Error::Shape`] when its spans do not fit its rows and a pool of `blocks` blocks, or two of them would write one
     /// block; [`Error::Device`].
-    pub(super) fn begin(&mut self, device: &mut Device, pass: &Pass<'_>, blocks: usize) -> Result<()> {
+    pub(super) fn begin(
+        &mut self,
+        device: &mut Device,
+        (pass, source): (&Pass<'_>, Option<Source>),
+        blocks: usize,
+    ) -> Result<()> {
         const OP: &str = "begin_pass";
         Spans::check(OP, pass.last_spans, pass.block_table, blocks, pass.tokens.len())?;
         let spans = Spans::check(OP, pass.spans, pass.block_table, blocks, pass.tokens.len())?;
         self.check_writes(OP, blocks, &spans)?;
         let told = &mut self.told;
         replace(&mut told.tokens, pass.tokens);
+        replace(&mut told.carried, pass.carried);
+        told.source = source;
         replace(&mut told.kept, pass.kept);
         replace(&mut told.sets[0], pass.spans);
         // The same items would do the same.
@@ -149,15 +163,20 @@ impl Passes {
         self.stage(device)
     }
 
-    /// Token ids on the device.
+    /// Token ids on the device, for a table of `vocab` rows.
     ///
     /// # Errors
-    /// [`Error::Device`].
-    pub(super) fn tokens(&mut self, device: &mut Device, tokens: &[u32]) -> Result<Arg> {
+    /// [`Error::Shape`] when carried tokens may lie beyond the table, [`Error::Device`].
+    pub(super) fn tokens(&mut self, device: &mut Device, (tokens, vocab): (&[u32], usize)) -> Result<Arg> {
         if self.told.tokens != tokens || self.memory.is_none() {
             replace(&mut self.told.tokens, tokens);
-            self.told.repeated = None;
+            (self.told.repeated, self.told.source) = (None, None);
+            self.told.carried.clear();
             self.stage(device)?;
+        }
+        if let Some(source) = self.told.source.filter(|source| source.vocab > vocab) {
+            let expected = format!("carried tokens below {vocab}");
+            return Err(Error::Shape { op: "embed", expected, got: format!("those of {}", source.vocab) });
         }
         Ok(self.at(0))
     }
@@ -296,7 +315,9 @@ impl Passes {
         {
             self.copies += 1;
         }
-        staging.upload(device, words, memory)
+        staging.upload(device, words, memory)?;
+        let told = &self.told;
+        told.source.map_or(Ok(()), |source| source.carry(device, memory.at(0), told.carried.len()))
     }
 
     /// No two sequences may write one block.
@@ -368,6 +389,7 @@ fn pad(items: &mut [[Kinds<Vec<Item>>; 2]], cuts: &[Cut], rows: usize, reach: us
 
 fn write(words: &mut [u32], told: &Told, layout: &Layout, items: &[[Kinds<Vec<Item>>; 2]]) {
     words[..told.tokens.len()].copy_from_slice(&told.tokens);
+    words[..told.carried.len()].copy_from_slice(&told.carried);
     words[layout.kept..][..told.kept.len()].copy_from_slice(&told.kept);
     words[layout.positions..][..2 * layout.rows].fill(NO_POSITION);
     for span in &told.sets[0] {

@@ -4,16 +4,18 @@
 //!   Draw, a row ──┬── Row            what is asked, in numbers; how far the kernels are   ┐
 //!                 ├── adjustments    bias, seen, excluded: pairs of words                 ├─ one copy to the device
 //!                 └── masks          allowed tokens, a bit each                           ┘
-//!   sample_prepare, _adjust ──> _largest ──> _select, a digit at a time ──> _draw ──> a word a row, one copy back
+//!   sample_prepare, _adjust ──> _largest ──> _select, a digit at a time ──> _draw ──> a word a row
 //! ```
+//!
+//! What is sent goes through page-locked memory, of which there are several pieces in turns, so that the host does not wait for the
+//! device; adjustments and masks that are too large for them go as they are.
 //!
 //! Kernels that no row asks for are not launched. All memory is allocated once; rows whose adjustments do not fit together
 //! are drawn in several rounds, and those of a single row always fit.
 
-use std::ops::Range;
-
 use super::driver::{Arg, Device, DeviceBytes, Launch};
-use crate::draw::{Draw, Drawn, NoToken};
+use super::pinned::Pinned;
+use crate::draw::{Draw, Drawn, drawn};
 use crate::{Error, Result};
 
 /// Threads of a block, and logits that one block looks at, as in `cu/sampling.cu`.
@@ -29,6 +31,10 @@ const ADJUSTMENT: usize = 8;
 const SLICE_STATE: usize = 16;
 /// Adjustments that there is always room for.
 const ADJUSTMENTS: usize = 1 << 16;
+/// Rounds that are sent before the host waits for the first of them to arrive, and adjustments of each: those of rows without
+/// penalties are few.
+const STAGED_ROUNDS: usize = 8;
+const STAGED_ADJUSTMENTS: usize = 4096;
 /// A row of which every token is allowed.
 const NO_MASK: u32 = u32::MAX;
 /// The largest vocabulary: a thread for each slice.
@@ -42,10 +48,13 @@ pub(super) struct Sampler {
     vocab: usize,
     /// Rows, adjustments and masks of a round.
     sent: DeviceBytes,
+    /// Page-locked memory for a round each, and which is next.
+    staging: Vec<Pinned>,
+    next: usize,
     /// Zeros between launches.
     histograms: DeviceBytes,
     slices: DeviceBytes,
-    /// A word a row.
+    /// A word a row, of draws that are waited for.
     tokens: DeviceBytes,
     /// What is sent next.
     round: Round,
@@ -92,9 +101,14 @@ impl Sampler {
             return Err(Error::Shape { op: "alloc_sampler", expected, got: vocab.to_string() });
         }
         let [sent, histograms, slices, tokens] = Self::parts(rows, vocab);
+        let staged = (rows * ROW + STAGED_ADJUSTMENTS * ADJUSTMENT) / 4;
+        let staging = (0..STAGED_ROUNDS).map(|_| Pinned::new(device, staged, "what tokens are drawn by"));
+        let staging = staging.collect::<Result<_>>()?;
         Ok(Self {
             rows,
             vocab,
+            staging,
+            next: 0,
             sent: device.alloc(sent, "what tokens are drawn by")?,
             histograms: device.alloc_zeroed(histograms, "histograms of logits")?,
             slices: device.alloc(slices, "slices of logits")?,
@@ -118,9 +132,28 @@ impl Sampler {
         &mut self,
         device: &mut Device,
         logits: &DeviceBytes,
-        softcap: Option<f32>,
-        draws: &[(u32, Draw<'_>)],
+        asked: (Option<f32>, &[(u32, Draw<'_>)]),
         out: &mut Vec<Drawn>,
+    ) -> Result<()> {
+        self.submit(device, logits, asked, None)?;
+        self.words.clear();
+        self.words.resize(4 * asked.1.len(), 0);
+        device.download(&self.tokens, 0, &mut self.words)?;
+        out.extend(self.words.as_chunks::<4>().0.iter().map(|&word| drawn(u32::from_le_bytes(word), self.vocab)));
+        Ok(())
+    }
+
+    /// The same without waiting: the results go to the words of `to` from a first one on, or are left for [`Sampler::draw`]. That
+    /// they fit there was checked by the caller.
+    ///
+    /// # Errors
+    /// As [`Sampler::draw`].
+    pub(super) fn submit(
+        &mut self,
+        device: &mut Device,
+        logits: &DeviceBytes,
+        (softcap, draws): (Option<f32>, &[(u32, Draw<'_>)]),
+        to: Option<(&DeviceBytes, usize)>,
     ) -> Result<()> {
         if draws.len() > self.rows {
             return Err(shape(format!("at most {} rows", self.rows), draws.len().to_string()));
@@ -137,31 +170,48 @@ impl Sampler {
                 count <= room
             };
             let end = start + draws[start..].iter().take_while(fits).count();
-            self.round(device, logits, softcap, (&draws[start..end], start..end))?;
+            let words = to.map_or(self.tokens.at(4 * start), |(words, first)| words.at(4 * (first + start)));
+            self.round(device, (logits, softcap), &draws[start..end], words)?;
             start = end;
         }
-        self.words.clear();
-        self.words.resize(4 * draws.len(), 0);
-        device.download(&self.tokens, 0, &mut self.words)?;
-        out.extend(self.words.as_chunks::<4>().0.iter().map(|&word| drawn(u32::from_le_bytes(word))));
         Ok(())
     }
 
-    /// Submits what draws the tokens of some rows.
+    /// Takes a round to the device.
+    fn send(&mut self, device: &Device) -> Result<()> {
+        let Round { rows, adjustments, masks, .. } = &self.round;
+        let parts = [rows, adjustments, masks];
+        let bytes: usize = parts.iter().map(|part| part.len()).sum();
+        self.next = (self.next + 1) % self.staging.len();
+        let staging = &mut self.staging[self.next];
+        if bytes > 4 * staging.len() {
+            let mut at = 0;
+            for part in parts {
+                device.upload(&mut self.sent, at, part)?;
+                at += part.len();
+            }
+            return Ok(());
+        }
+        let words = parts.into_iter().flat_map(|part| part.as_chunks::<4>().0);
+        for (to, &word) in staging.words_mut()?.iter_mut().zip(words) {
+            *to = u32::from_ne_bytes(word);
+        }
+        staging.upload(device, bytes / 4, &mut self.sent)
+    }
+
+    /// Submits what draws the tokens of some rows, into the words from `to` on.
     fn round(
         &mut self,
         device: &mut Device,
-        logits: &DeviceBytes,
-        softcap: Option<f32>,
-        (draws, places): (&[(u32, Draw<'_>)], Range<usize>),
+        (logits, softcap): (&DeviceBytes, Option<f32>),
+        draws: &[(u32, Draw<'_>)],
+        to: Arg,
     ) -> Result<()> {
         self.round.clear();
         draws.iter().for_each(|(row, draw)| self.round.push(*row, draw, self.vocab));
+        self.send(device)?;
         let Round { rows, adjustments, masks, cuts } = &self.round;
         let (adjustments_at, masks_at) = (rows.len(), rows.len() + adjustments.len());
-        for (at, bytes) in [(0, rows), (adjustments_at, adjustments), (masks_at, masks)] {
-            device.upload(&mut self.sent, at, bytes)?;
-        }
         let (rows, vocab) = (self.sent.at(0), Arg::U32(self.vocab as u32));
         let count = draws.len() as u32;
         let slices = Launch { grid: (self.vocab.div_ceil(SLICE) as u32, count), block: THREADS as u32, shared: 0 };
@@ -182,7 +232,7 @@ impl Sampler {
                 launch(device, "sample_select", slices, &args)?;
             }
         }
-        let args = [logits, rows, self.slices.at(0), self.tokens.at(4 * places.start), vocab];
+        let args = [logits, rows, self.slices.at(0), to, vocab];
         launch(device, "sample_draw", slices, &args)
     }
 }
@@ -238,16 +288,6 @@ fn launch(device: &mut Device, name: &'static str, shape: Launch, args: &[Arg]) 
 
 fn adjustments(draw: &Draw<'_>) -> usize {
     draw.bias.len() + draw.seen.len() + draw.excluded.len()
-}
-
-/// The result that a kernel left.
-fn drawn(word: u32) -> Drawn {
-    match word {
-        0xffff_ffff => Err(NoToken::NotANumber),
-        0xffff_fffe => Err(NoToken::Infinite),
-        0xffff_fffd => Err(NoToken::Excluded),
-        token => Ok(token),
-    }
 }
 
 fn shape(expected: String, got: String) -> Error {

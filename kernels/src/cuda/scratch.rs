@@ -43,10 +43,11 @@ impl Steps {
         // A head of several parts has at most one panel more for each of them.
         const PARTS: usize = 4;
         let panels = self.vocab.div_ceil(TILE_ROWS) + PARTS;
-        let argmax = 2 * argmax_bytes(self.logit_rows, panels) + 4 * self.rows;
+        // Results of two passes.
+        let chosen = 2 * argmax_bytes(self.logit_rows, panels) + 2 * 4 * self.rows;
         let tables =
             most_pass_bytes((self.rows, self.sequences), self.sequences * self.blocks, (self.group, self.cuts));
         let pieces: usize = piece_bytes(self.kv).iter().sum();
-        tables + pieces + argmax + Sampler::bytes(self.logit_rows, self.vocab) + large_bytes(self.rows)
+        tables + pieces + chosen + Sampler::bytes(self.logit_rows, self.vocab) + large_bytes(self.rows)
     }
 }

@@ -104,6 +104,11 @@ fn native(page: &mut Page, m: &EngineMetrics, labels: &Labels) {
     let counters = [
         ("cupola_computed_tokens_total", "Rows computed, recomputation included", m.computed_tokens.get()),
         ("cupola_steps_total", "Steps run", m.steps.get()),
+        (
+            "cupola_steps_ahead_total",
+            "Steps submitted before the tokens of the one before were known",
+            m.steps_ahead.get(),
+        ),
     ];
     for (name, help, value) in counters {
         page.family(name, "counter", help);

@@ -80,6 +80,12 @@ pub(crate) struct EngineArgs {
     /// Submit every op of a step on a GPU by itself, without CUDA graphs
     #[arg(long)]
     enforce_eager: bool,
+    /// Read the tokens of every step on a GPU before the next one is submitted
+    #[arg(long)]
+    no_async_scheduling: bool,
+    /// Submit decoding steps before, as is the default
+    #[arg(long, hide = true, overrides_with = "no_async_scheduling")]
+    async_scheduling: bool,
     /// Where weights come from: the model's files, or `dummy`: random ones, to measure speed. MODEL is then a folder with
     /// a config.json, or one of llama-3.2-1b, llama-3.1-8b
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t = LoadFormat::Auto)]
@@ -130,6 +136,7 @@ impl EngineArgs {
             kv_cache_type: self.kv_cache_dtype.into(),
             max_queued_requests: or(self.max_queued_requests, 4 * max_num_seqs),
             enforce_eager: self.enforce_eager,
+            async_scheduling: self.async_scheduling || !self.no_async_scheduling,
             packed_cache: self.packed_cache.clone(),
             enable_prefix_caching: self.enable_prefix_caching || !self.no_enable_prefix_caching,
             ..default

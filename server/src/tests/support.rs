@@ -8,6 +8,7 @@ use axum::Router;
 use axum::body::Body;
 use bytes::Bytes;
 use cupola_engine::{Engine, EngineConfig, EngineSetup, MemoryPlan, ModelRunner, RunError};
+use cupola_kernels::Turn;
 use cupola_kernels::format::WeightType;
 use cupola_kernels::kv::BLOCK_SIZE;
 use cupola_models::testing::Scratch;
@@ -85,7 +86,7 @@ impl ModelRunner for StandIn {
         Ok(())
     }
 
-    fn argmax(&mut self) -> Result<&[u32], RunError> {
+    fn chosen(&mut self, _turn: Turn) -> Result<&[u32], RunError> {
         Ok(&self.greedy)
     }
 

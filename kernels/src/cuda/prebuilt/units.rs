@@ -7,4 +7,5 @@
     ("gemm_tile", include_bytes!("gemm_tile.fatbin")),
     ("rope", include_bytes!("rope.fatbin")),
     ("sampling", include_bytes!("sampling.fatbin")),
+    ("tokens", include_bytes!("tokens.fatbin")),
 ]

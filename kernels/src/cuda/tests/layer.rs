@@ -4,7 +4,7 @@ use super::{backend, get, loaded};
 use crate::cpu::{CpuBackend, CpuConfig, Isa};
 use crate::kv::{BlockId, KvLayout, KvType, SeqSpan};
 use crate::{
-    Attention, Backend, Epilogue, GateFn, HeadShape, PartOrder, Pass, PassLimits, RopePairs, RopeStore, Rows,
+    Attention, Backend, Epilogue, GateFn, HeadShape, PartOrder, Pass, PassLimits, RopePairs, RopeStore, Rows, Turn,
     WeightType,
 };
 
@@ -62,7 +62,8 @@ fn run(backend: &mut dyn Backend, told: bool) -> Vec<Vec<f32>> {
         let last: Vec<u32> = spans.iter().map(|span| span.row0 + span.rows - 1).collect();
         if told {
             let (tokens, kept) = (&tokens[..], &last[..]);
-            let pass = Pass { tokens, spans, last_spans: spans, kept, block_table, repeated: None };
+            let (carried, turn) = (&[][..], Turn::A);
+            let pass = Pass { tokens, carried, turn, spans, last_spans: spans, kept, block_table, repeated: None };
             backend.begin_pass(&pass).unwrap();
         }
         backend.embed(embedding, &tokens, 1.5, x).unwrap();
@@ -87,7 +88,7 @@ fn run(backend: &mut dyn Backend, told: bool) -> Vec<Vec<f32>> {
         backend.linear(normed, last.len(), embedding, Epilogue::Store, logits).unwrap();
         all.extend(get(backend, logits, last.len()));
         backend.linear_argmax(normed, last.len(), embedding, 0).unwrap();
-        let best = backend.argmaxes(last.len()).unwrap();
+        let best = backend.chosen(Turn::A, last.len()).unwrap();
         for (row, &best) in all[all.len() - last.len()..].iter().zip(best) {
             assert!(row.iter().all(|&x| x <= row[best as usize]));
         }

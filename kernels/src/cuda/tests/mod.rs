@@ -5,6 +5,7 @@
 //! for the few inputs that fall to the other side of a rounding.
 
 mod attention;
+mod carried;
 mod fp8;
 mod large;
 mod layer;

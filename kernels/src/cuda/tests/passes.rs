@@ -4,7 +4,7 @@ use super::{backend, get, loaded};
 use crate::cuda::CudaBackend;
 use crate::kv::{BlockId, KvLayout, KvType, SeqSpan};
 use crate::{
-    Backend, BufferId, HeadShape, LinearId, PartOrder, Pass, Recorded, RopeId, RopePairs, RopeStore, WeightType,
+    Backend, BufferId, HeadShape, LinearId, PartOrder, Pass, Recorded, RopeId, RopePairs, RopeStore, Turn, WeightType,
 };
 
 const VOCAB: usize = 40;
@@ -44,6 +44,8 @@ impl Rig {
         padded.resize(4, 0);
         let pass = Pass {
             tokens: &padded,
+            carried: &[],
+            turn: Turn::A,
             spans: &spans,
             last_spans: &spans,
             kept: &[],

@@ -2,7 +2,7 @@
 
 use super::{backend, bits, dot, get, input, loaded, read_act, round, set};
 use crate::cuda::weights::Format;
-use crate::{Backend, Epilogue, GateFn, PartOrder, Rows, WeightType};
+use crate::{Backend, Epilogue, GateFn, PartOrder, Rows, Turn, WeightType};
 use WeightType::{Bf16, F16, F32, Iq4Nl, Iq4Xs, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
 
 /// Weights as the device has them, as far as it changes the result.
@@ -139,9 +139,9 @@ fn argmax_is_that_of_the_logits() {
             // In two rounds: the first results stay.
             backend.linear_argmax(act, rows, table, 0).unwrap();
             backend.linear_argmax(act, rows, table, rows).unwrap();
-            let best = backend.argmaxes(2 * rows).unwrap().to_vec();
+            let best = backend.chosen(Turn::A, 2 * rows).unwrap().to_vec();
             assert_eq!(best[..rows], best[rows..]);
-            assert!(backend.argmaxes(2 * rows + 1).is_err());
+            assert!(backend.chosen(Turn::A, 2 * rows + 1).is_err());
             // In groups of at most 64 rows, where both run the same kernel.
             let same = rows <= 64;
             backend.linear(act, rows, table, Epilogue::Store, logits).unwrap();
@@ -159,7 +159,7 @@ fn argmax_is_that_of_the_logits() {
     let table = equal_rows(&mut backend, 40);
     let (act, _) = input(&mut backend, 3, 32, table);
     backend.linear_argmax(act, 3, table, 0).unwrap();
-    assert_eq!(backend.argmaxes(3).unwrap(), [0, 0, 0]);
+    assert_eq!(backend.chosen(Turn::A, 3).unwrap(), [0, 0, 0]);
 }
 
 /// Rows that are all the same.

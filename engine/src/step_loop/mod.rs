@@ -20,9 +20,23 @@
 //! A stop text that is found then ends its answer at once; the row of that sequence in the step under way is thrown away, and
 //! the sequence leaves with its blocks when the step is done.
 //!
+//! Where the runner can carry tokens from one step to the next by itself, a step of decode rows alone is submitted before the
+//! tokens of the step before it are read, so that the device never waits for the host:
+//!
+//! ```text
+//!   runner   [ step 1           ][ step 2           ][ step 3           ][ ...
+//!   host     forward 1 | forward 2 | wait 1 | accept 1 | tell 1 | forward 3 | wait 2 | accept 2 | tell 2 | forward 4 ...
+//! ```
+//!
+//! It is planned as if no answer ended with a token that is not known yet: the row of one that does is thrown away too. Whatever
+//! needs more than that (a prompt, a request let in, a missing block, a row that looks at the tokens so far) is planned when
+//! nothing is under way, as it would be without.
+//!
 //! Nobody else touches these fields. The thread ends after `Shutdown`, or when every handle is gone and nothing is in
 //! flight, or with a panic or a fatal error of the runner: then all requests fail and the engine is dead for good, because
 //! what is in the pool can no longer be trusted.
+
+mod rows;
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
@@ -31,14 +45,15 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use cupola_kernels::{Drawn, NoToken};
+use cupola_kernels::Drawn;
 use cupola_models::Batch;
 
+use self::rows::{Chooser, Failed, Outcome, UnderWay};
 use crate::answer::Answer;
 use crate::handle::{Command, Shared, Submission};
-use crate::request::{FinishReason, TokenLogprobs, Usage};
-use crate::runner::{ModelRunner, RunError};
-use crate::sampler::{self, Choice, Scratch, random};
+use crate::request::{FinishReason, Usage};
+use crate::runner::ModelRunner;
+use crate::sampler::{Choice, Scratch, random};
 use crate::scheduler::{Limits, Scheduler, Step};
 use crate::sequence::{Sequence, Sharing};
 
@@ -55,8 +70,11 @@ pub(crate) struct StepLoop {
     arrivals: u64,
     /// Start of the seeds drawn for requests without one.
     entropy: u64,
+    /// Tokens may be carried from one step to the next.
+    carries: bool,
+    /// The step that was submitted before the tokens of the one before it were read.
+    under_way: Option<UnderWay>,
     batch: Batch,
-    outputs: Vec<Output>,
     scratch: Scratch,
     results: Vec<Mutex<Result<Outcome, &'static str>>>,
     /// Tokens that the runner drew by itself.
@@ -81,40 +99,16 @@ pub(crate) struct LoopSetup {
     pub(crate) commands: Receiver<Command>,
     pub(crate) eos: Vec<u32>,
     pub(crate) prefix_caching: bool,
+    /// Let a runner that can do so carry tokens from one step to the next.
+    pub(crate) carry_tokens: bool,
     pub(crate) limits: Limits,
     pub(crate) num_blocks: usize,
 }
 
-/// A row whose logits are wanted.
-#[derive(Clone, Copy, Debug)]
-struct Output {
-    /// Index of its sequence among the running ones.
-    seq: usize,
-    /// Place of its request.
-    slot: usize,
-    purpose: Purpose,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Purpose {
-    /// Choose the token with this index in the answer.
-    Answer(usize),
-    /// Tell how likely this token of the prompt was, beside so many likely ones.
-    Score { token: u32, top: u8 },
-    /// The last row of a prompt that wants no answer.
-    Ignore,
-}
-
-/// What became of a row.
-enum Outcome {
-    Choice(Choice),
-    Score(TokenLogprobs),
-    Nothing,
-}
-
 impl StepLoop {
     pub(crate) fn new(setup: LoopSetup) -> Self {
-        let LoopSetup { runner, shared, commands, eos, prefix_caching, limits, num_blocks } = setup;
+        let LoopSetup { runner, shared, commands, eos, prefix_caching, carry_tokens, limits, num_blocks } = setup;
+        let carries = carry_tokens && runner.carries();
         shared.metrics.kv_blocks_total.set(num_blocks);
         Self {
             runner,
@@ -126,8 +120,9 @@ impl StepLoop {
             answers: Vec::new(),
             arrivals: 0,
             entropy: RandomState::new().hash_one("seeds of requests without one"),
+            carries,
+            under_way: None,
             batch: Batch::default(),
-            outputs: Vec::new(),
             scratch: Scratch::default(),
             results: Vec::new(),
             untold: Vec::new(),
@@ -163,6 +158,7 @@ impl StepLoop {
     /// Until the engine is to end, or with what ended it.
     fn serve(&mut self) -> Result<(), String> {
         let end = self.serve_steps();
+        let end = end.and(self.drain());
         // What was computed before the end is the readers'.
         self.tell();
         self.drop_ended();
@@ -180,7 +176,8 @@ impl StepLoop {
                 self.step()?;
             }
             if self.scheduler.is_empty() {
-                // There is no next step to wait for.
+                // There is no next step to wait for, and whose step is under way has left.
+                self.drain()?;
                 self.tell();
                 self.drop_ended();
             }
@@ -232,12 +229,13 @@ impl StepLoop {
         let sharing =
             Sharing { read: share && request.prompt_logprobs.is_none(), write: share, salt: request.cache_salt };
         let prompt_len = request.prompt.len();
-        let tokens = request.prompt.clone();
+        let known = request.prompt.clone();
         let answers = request.stop.max_tokens != Some(0);
         let scored = request.prompt_logprobs.map(|_| 0);
         self.arrivals += 1;
         let drawn_seed = random::mix(self.entropy.wrapping_add(self.arrivals));
         let answer = Answer::new(submission, &self.eos, self.shared.max_model_len - prompt_len, drawn_seed);
+        let longest = prompt_len + answer.at_most();
         let slot = self.answers.iter().position(Option::is_none).unwrap_or(self.answers.len());
         if slot == self.answers.len() {
             self.answers.push(None);
@@ -246,9 +244,11 @@ impl StepLoop {
         self.scheduler.add(Sequence {
             slot,
             arrival: self.arrivals,
-            tokens,
+            known,
+            unknown: 0,
             prompt_len,
-            computed: 0,
+            longest,
+            submitted: 0,
             blocks: Vec::new(),
             chain: Vec::new(),
             sharing,
@@ -287,6 +287,8 @@ impl StepLoop {
     fn fail_all(&mut self, message: &str) {
         let metrics = &self.shared.metrics;
         self.answers.iter_mut().flatten().for_each(|answer| answer.fail(message, metrics));
+        self.under_way = None;
+        self.scheduler.end_all();
         self.drop_ended();
         self.show_state();
     }
@@ -303,51 +305,99 @@ impl StepLoop {
     /// One step; an error only when there can be no further one.
     fn step(&mut self) -> Result<(), String> {
         let began = Instant::now();
-        let step = self.scheduler.schedule();
-        self.shared.metrics.preemptions.add(step.preempted);
-        if step.spans.is_empty() {
-            self.tell();
-            self.refuse_oldest();
-            return Ok(());
-        }
+        let (current, computing) = match self.under_way.take() {
+            // It has been computed since it was submitted, whatever the host did.
+            Some(current) => (current, began),
+            None => {
+                let step = self.scheduler.schedule();
+                self.shared.metrics.preemptions.add(step.preempted);
+                if step.spans.is_empty() {
+                    self.tell();
+                    self.refuse_oldest();
+                    return Ok(());
+                }
+                self.start_new(&step, began);
+                let computing = Instant::now();
+                match self.submit(step, None) {
+                    Ok(current) => (current, computing),
+                    Err(failed) => {
+                        // The tokens of the step before are good.
+                        self.tell();
+                        return self.fail(&failed);
+                    }
+                }
+            }
+        };
         let _span = tracing::trace_span!(
             "step",
-            sequences = step.spans.len(),
+            sequences = current.step.spans.len(),
             waiting = self.scheduler.waiting().len(),
-            preempted = step.preempted
+            preempted = current.step.preempted
         )
         .entered();
-        self.start_new(&step, began);
-        self.fill_batch(&step);
-        let computing = Instant::now();
-        let computed = self.runner.forward(&self.batch).and_then(|()| {
-            // While this step is computed, if the runner works so; else there is nothing left to tell.
-            self.tell();
-            self.scheduler.commit(&step);
-            self.sample()
-        });
+        // While this step is computed, if the runner works so; else there is nothing left to tell.
+        self.tell();
+        let next = self.go_ahead(&current);
+        let computed = self.choose(&current);
         let computed_in = computing.elapsed();
-        match computed {
-            Ok(()) => {
-                self.settle(&step);
-                if !self.runner.is_asynchronous() {
-                    self.tell();
-                }
+        if let Err(error) = computed {
+            if let Some(Ok(next)) = &next {
+                self.let_go(next);
             }
-            Err(error) => {
-                // The tokens of the step before are good.
-                self.tell();
-                self.fail_step(&step, &error.message);
-                if error.fatal {
-                    // Those of this batch have had their last event.
-                    self.drop_ended();
-                    return Err(error.message);
-                }
-            }
+            return self.fail(&Failed { step: current.step, error });
+        }
+        self.scheduler.commit(&current.step);
+        self.settle(&current);
+        if !self.runner.is_asynchronous() {
+            self.tell();
         }
         self.drop_ended();
-        self.note_step(&step, began.elapsed(), computed_in);
+        self.note_step(&current.step, began.elapsed(), computed_in);
+        match next {
+            Some(Ok(next)) => self.under_way = Some(next),
+            Some(Err(failed)) => {
+                // Those of this step are good.
+                self.tell();
+                return self.fail(&failed);
+            }
+            None => {}
+        }
         Ok(())
+    }
+
+    /// Submits the step after this one, whose tokens nobody knows yet, where the runner can take them from there and no row needs
+    /// anything of the host in between.
+    fn go_ahead(&mut self, current: &UnderWay) -> Option<Result<UnderWay, Failed>> {
+        if !self.carries || current.chooser == Chooser::Host {
+            return None;
+        }
+        // A stop text may just have ended some.
+        self.drop_ended();
+        let answers = &self.answers;
+        let draws = self.runner.draws();
+        let free = |sequence: &Sequence| {
+            let answer = answers[sequence.slot].as_ref().expect("a running sequence has a request");
+            let index = sequence.scheduled_len() - sequence.prompt_len;
+            if draws { !answer.sampler.looks_at_tokens() } else { answer.sampler.is_plain(index) }
+        };
+        let step = self.scheduler.go_ahead(free)?;
+        self.shared.metrics.steps_ahead.add(1);
+        Some(self.submit(step, Some(current)))
+    }
+
+    /// Waits for a step under way that nobody has a use for any more.
+    fn drain(&mut self) -> Result<(), String> {
+        match self.under_way.take().map(|step| self.let_go(&step)) {
+            Some(Some(fault)) => Err(fault),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits for a step, whose results are thrown away; gives the fault that ends the engine, where there is one.
+    fn let_go(&mut self, step: &UnderWay) -> Option<String> {
+        let waited = self.runner.chosen(step.turn).map(drop);
+        self.scheduler.end(&step.step);
+        waited.err().filter(|error| error.fatal).map(|error| error.message)
     }
 
     /// Nothing runs and the oldest request does not fit the pool, which a sound setup rules out.
@@ -356,7 +406,7 @@ impl StepLoop {
             && let Some(answer) = &mut self.answers[sequence.slot]
         {
             let total = self.scheduler.report().total;
-            let message = format!("{} tokens do not fit the key/value cache of {total} blocks", sequence.tokens.len());
+            let message = format!("{} tokens do not fit the key/value cache of {total} blocks", sequence.known.len());
             answer.fail(&message, &self.shared.metrics);
             self.drop_ended();
         }
@@ -366,7 +416,7 @@ impl StepLoop {
     fn start_new(&mut self, step: &Step, now: Instant) {
         let metrics = &self.shared.metrics;
         for span in &step.spans {
-            let sequence = &self.scheduler.running()[span.seq];
+            let sequence = self.scheduler.get(span.arrival).expect("it was just planned");
             let answer = self.answers[sequence.slot].as_mut().expect("a running sequence has a request");
             if !answer.has_started() {
                 answer.start(now, metrics);
@@ -379,87 +429,15 @@ impl StepLoop {
         }
     }
 
-    fn fill_batch(&mut self, step: &Step) {
-        self.batch.clear();
-        self.outputs.clear();
-        let mut greedy = true;
-        for span in &step.spans {
-            let sequence = &self.scheduler.running()[span.seq];
-            let end = span.start + span.len;
-            let row0 = self.batch.push(&sequence.tokens[span.start..end], span.start, &sequence.blocks);
-            let answer = self.answers[sequence.slot].as_ref().expect("a running sequence has a request");
-            for position in span.first_output.unwrap_or(end)..end {
-                let row = u32::try_from(position - span.start).expect("a span is shorter than 2^32");
-                self.batch.outputs.push(row0 + row);
-                let purpose = match (sequence.tokens.get(position + 1), &answer.prompt_logprobs) {
-                    (Some(&token), Some((top, _))) => Purpose::Score { token, top: *top },
-                    _ if sequence.answers => Purpose::Answer(sequence.generated()),
-                    _ => Purpose::Ignore,
-                };
-                greedy &= matches!(purpose, Purpose::Answer(index) if answer.sampler.is_plain(index));
-                self.outputs.push(Output { seq: span.seq, slot: sequence.slot, purpose });
-            }
-        }
-        self.batch.greedy = greedy;
-    }
-
-    /// Chooses a token for every output row, into `results`.
-    fn sample(&mut self) -> Result<(), RunError> {
-        self.results.clear();
-        if self.outputs.is_empty() {
-            return Ok(());
-        }
-        if self.batch.greedy {
-            let tokens = self.runner.argmax()?;
-            if tokens.len() != self.outputs.len() {
-                let what = format!("the model gave {} tokens for {} rows", tokens.len(), self.outputs.len());
-                return Err(what.into());
-            }
-            let vocab = self.shared.vocab;
-            self.results.extend(tokens.iter().map(|&token| {
-                let choice = Outcome::Choice(Choice { token, logprobs: None });
-                Mutex::new(if (token as usize) < vocab { Ok(choice) } else { Err(NoToken::NotANumber.message()) })
-            }));
-            return Ok(());
-        }
-        self.results.resize_with(self.outputs.len(), || Mutex::new(Ok(Outcome::Nothing)));
-        let (outputs, answers, scratch, results) = (&self.outputs, &self.answers, &self.scratch, &self.results);
-        let sampler_of =
-            |output: &Output| &answers[output.slot].as_ref().expect("a running sequence has a request").sampler;
-        let on_host = |row: usize, logits: &mut [f32]| {
-            let output = &outputs[row];
-            let outcome = match output.purpose {
-                Purpose::Answer(index) => sampler_of(output).choose(index, logits, scratch).map(Outcome::Choice),
-                Purpose::Score { token, top } => sampler::score(logits, token, top).map(Outcome::Score),
-                Purpose::Ignore => Ok(Outcome::Nothing),
-            };
-            *results[row].lock().unwrap_or_else(PoisonError::into_inner) = outcome;
-        };
-        if !self.runner.draws() {
-            return self.runner.for_each_logits(&on_host);
-        }
-        let draw = |output: &Output| match output.purpose {
-            Purpose::Answer(index) => sampler_of(output).draw(index),
-            Purpose::Score { .. } | Purpose::Ignore => None,
-        };
-        let draws: Vec<_> = outputs.iter().map(draw).collect();
-        self.runner.draw(&draws, &mut self.drawn, &on_host)?;
-        let rows = self.results.iter_mut().zip(&draws).filter(|(_, draw)| draw.is_some());
-        for ((result, _), drawn) in rows.zip(&self.drawn) {
-            let choice = drawn.map(|token| Outcome::Choice(Choice { token, logprobs: None }));
-            *result = Mutex::new(choice.map_err(NoToken::message));
-        }
-        Ok(())
-    }
-
-    /// Gives the sampled tokens to their sequences; those whose answers they end leave.
-    fn settle(&mut self, step: &Step) {
+    /// Gives the chosen tokens to their sequences; those whose answers they end leave.
+    fn settle(&mut self, UnderWay { step, outputs, .. }: &UnderWay) {
         let now = Instant::now();
         let metrics = &self.shared.metrics;
         let mut leave = Vec::new();
-        for (output, result) in self.outputs.iter().zip(self.results.drain(..)) {
-            let answer = self.answers[output.slot].as_mut().expect("a running sequence has a request");
-            let sequence = self.scheduler.running_mut(output.seq);
+        for (output, result) in outputs.iter().zip(self.results.drain(..)) {
+            // The sequence may have left since; its place may be another one's by now.
+            let Some(sequence) = self.scheduler.get_mut(output.arrival) else { continue };
+            let answer = self.answers[sequence.slot].as_mut().expect("a running sequence has a request");
             match result.into_inner().unwrap_or_else(PoisonError::into_inner) {
                 Err(message) if !answer.ended => answer.fail(message, metrics),
                 Ok(Outcome::Score(logprobs)) => {
@@ -470,7 +448,7 @@ impl StepLoop {
                     }
                 }
                 Ok(Outcome::Choice(choice)) if !answer.ended => {
-                    sequence.tokens.push(choice.token);
+                    sequence.learn(choice.token);
                     if answer.accept(choice.token, sequence.generated()) {
                         leave.push(sequence.slot);
                     }
@@ -480,7 +458,7 @@ impl StepLoop {
             }
         }
         for span in &step.spans {
-            let sequence = &self.scheduler.running()[span.seq];
+            let Some(sequence) = self.scheduler.get(span.arrival) else { continue };
             let answer = self.answers[sequence.slot].as_mut().expect("a running sequence has a request");
             if !sequence.answers && sequence.remaining() == 0 && !answer.ended {
                 answer.send_prompt(sequence.prompt_len);
@@ -502,17 +480,21 @@ impl StepLoop {
         }
     }
 
-    /// The forward pass failed: its requests cannot go on, the others can.
-    fn fail_step(&mut self, step: &Step, message: &str) {
+    /// A step failed, and none is under way: its requests cannot go on, the others can, unless the runner cannot.
+    fn fail(&mut self, Failed { step, error }: &Failed) -> Result<(), String> {
+        let message = &error.message;
         tracing::error!(sequences = step.spans.len(), error = message, "a forward pass failed");
+        self.scheduler.end_all();
         for span in &step.spans {
-            let slot = self.scheduler.running()[span.seq].slot;
-            let answer = self.answers[slot].as_mut().expect("a running sequence has a request");
+            let Some(sequence) = self.scheduler.get(span.arrival) else { continue };
+            let answer = self.answers[sequence.slot].as_mut().expect("a running sequence has a request");
             // A stop text may have ended it while it was computed.
             if !answer.ended {
                 answer.fail(&format!("the model could not compute this request: {message}"), &self.shared.metrics);
             }
         }
+        self.drop_ended();
+        if error.fatal { Err(message.clone()) } else { Ok(()) }
     }
 
     fn note_step(&self, step: &Step, took: Duration, computed_in: Duration) {
