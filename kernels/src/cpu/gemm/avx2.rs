@@ -306,7 +306,8 @@ fn strip_tile<B: Packed, const P: usize, const I: usize, const H: usize, const N
     acts: TileActs<'_, N>,
     out: &mut [Lanes; N],
 ) {
-    let mut acc = [[_mm256_setzero_ps(); H]; N];
+    let mut place = [[_mm256_setzero_ps(); H]; N];
+    let acc = in_memory(&mut place);
     let acts = acts.quants.iter().zip(acts.scales.iter().zip(acts.sums));
     for (i, (strips, (quants, ([d_x, s_x], x_sums)))) in strips.iter().zip(acts).enumerate() {
         if let Some(panel) = panel {
@@ -316,22 +317,31 @@ fn strip_tile<B: Packed, const P: usize, const I: usize, const H: usize, const N
         for (scales, strip) in scales.iter_mut().zip(strips) {
             *scales = strip_scales(strip);
         }
+        barrier();
         let codes = |j: usize, h: usize| [load_bytes(&strips[h].codes[0][j]), load_bytes(&strips[h].codes[P - 1][j])];
         let sums = dots::<B, N, H>(codes, scales, quants);
-        for h in 0..H {
-            let block = &strips[h];
-            let pairs = block.ints.get(2).map_or_else(|| _mm256_setzero_si256(), |pairs| load_ints(pairs));
-            let w = Factors { d: load_f32(&block.d), offset: load_f32(&block.offset), scales: scales[h], pairs };
-            for n in 0..N {
-                acc[n][h] = accumulate::<B>(acc[n][h], sums[n][h], &w, [d_x[n], s_x[n]], x_sums[n]);
+        let w: [Factors; H] = std::array::from_fn(|h| strip_factors(&strips[h], scales[h]));
+        for n in 0..N {
+            let mut sum = acc[n];
+            for h in 0..H {
+                sum[h] = accumulate::<B>(sum[h], sums[n][h], &w[h], [d_x[n], s_x[n]], x_sums[n]);
             }
+            acc[n] = sum;
         }
     }
-    for (acc, out) in acc.into_iter().zip(out) {
-        for (h, acc) in acc.into_iter().enumerate() {
-            store_f32(acc, half_mut(out, first + h));
+    for (acc, out) in acc.iter().zip(out) {
+        for (h, acc) in acc.iter().enumerate() {
+            store_f32(*acc, half_mut(out, first + h));
         }
     }
+}
+
+/// What [`unpack`] kept of [`Factors`], without the scales.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn strip_factors<const P: usize, const I: usize>(block: &Strip<P, I>, scales: [__m256i; 2]) -> Factors {
+    let pairs = block.ints.get(2).map_or_else(|| _mm256_setzero_si256(), |pairs| load_ints(pairs));
+    Factors { d: load_f32(&block.d), offset: load_f32(&block.offset), scales, pairs }
 }
 
 /// What [`unpack`] kept of [`Factors::scales`].
@@ -454,6 +464,23 @@ fn hold(mut vector: __m256i) -> __m256i {
     // SAFETY: there is no instruction in it.
     unsafe { asm!("/* {0} */", inout(ymm_reg) vector, options(nomem, nostack, preserves_flags)) };
     vector
+}
+
+/// The same place, which the compiler takes for one that others know of: between two [`barrier`]s it may be in registers, and
+/// at each it is in memory. Sums that are touched once a block are kept out of the way so; the compiler itself would move all of
+/// them between registers and the stack, and to other registers, in every block.
+#[inline(always)]
+fn in_memory<T>(place: &mut T) -> &mut T {
+    // SAFETY: there is no instruction in it.
+    unsafe { asm!("/* {0} */", in(reg) &raw mut *place, options(nostack, preserves_flags)) };
+    place
+}
+
+/// See [`in_memory`].
+#[inline(always)]
+fn barrier() {
+    // SAFETY: there is no instruction in it.
+    unsafe { asm!("", options(nostack, preserves_flags)) };
 }
 
 /// Columns `4j..4j + 4` of an activation block in every lane.
