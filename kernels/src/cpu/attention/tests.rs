@@ -202,8 +202,18 @@ impl World {
 const FLOATS: Form = Form { int8: false, float: true };
 
 /// Heads, kv heads and dimensions: grouped, single, many queries to one key, odd widths.
-const SHAPES: [(usize, usize, usize); 8] =
-    [(9, 3, 64), (4, 4, 16), (7, 1, 32), (8, 2, 80), (32, 1, 48), (10, 2, 128), (2, 1, 256), (12, 1, 16)];
+const SHAPES: [(usize, usize, usize); 10] = [
+    (9, 3, 64),
+    (4, 4, 16),
+    (7, 1, 32),
+    (8, 2, 80),
+    (32, 1, 48),
+    (10, 2, 128),
+    (2, 1, 256),
+    (12, 1, 16),
+    (3, 3, 80),
+    (6, 3, 112),
+];
 
 #[test]
 fn all_shapes_agree_with_the_definition() {

@@ -358,10 +358,12 @@ impl<E: Element, const R: usize> Sums<'_, E, R> {
             let ahead = chunk.next_keys((column * TILE + first * C) / E::DEPTH);
             let weights: [&[E::Factor]; R] =
                 std::array::from_fn(|r| &cast(&p[r])[first / E::DEPTH..][..BLOCK_SIZE / E::DEPTH]);
-            let rows = values.chunks_exact(width).zip(ahead.chunks_exact(C)).take(steps);
-            for (i, (row, ahead)) in (0..BLOCK_SIZE / E::DEPTH).zip(rows) {
+            for (i, row) in (0..BLOCK_SIZE / E::DEPTH).zip(values.chunks_exact(width).take(steps)) {
                 let row = row[column..].first_chunk::<C>().expect("a row has all columns");
-                prefetch(ahead);
+                // The block of keys may end before this one of values does.
+                if let Some(ahead) = ahead.get(i * C..(i + 1) * C) {
+                    prefetch(ahead);
+                }
                 let factors: [E::Factor; R] = std::array::from_fn(|r| weights[r][i]);
                 for c in 0..C {
                     E::accumulate(s, &row[c], &factors, &mut sums[c]);
