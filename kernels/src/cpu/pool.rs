@@ -296,8 +296,8 @@ impl Shared {
     }
 }
 
-/// Waits for a condition: spins and fetches what will be read soon, then yields, then parks until another thread unparks this one. `announce` tells that
-/// thread that it must, `withdraw` that it need not any more.
+/// Waits for a condition: spins and fetches what will be read soon, then yields, then parks until another thread unparks
+/// this one. `announce` tells that thread that it must, `withdraw` that it need not any more.
 fn wait(lookahead: &Lookahead, ready: impl Fn() -> bool, announce: impl Fn(), withdraw: impl Fn()) {
     let start = Instant::now();
     while start.elapsed() < SPIN {

@@ -163,9 +163,7 @@ fn plain(device: &mut Device, call: &Call<'_>, to: &DeviceBytes, panels: Range<u
         Format::Q8Half => "plain_q8h",
     };
     let kernel = device.kernel("gemm_large", name)?;
-    let first = panels.start * blocks;
-    let tiles = part.tiles.at(first * part.format.tile_bytes());
-    let scales = part.scales.as_ref().map_or(NULL, |scales| scales.at(first * part.format.scale_bytes()));
+    let [tiles, scales] = part.starting_at(panels.start * blocks);
     let grid = (blocks.div_ceil(TILES) as u32, panels.len() as u32);
     let args = [tiles, scales, to.at(0), Arg::U32(blocks as u32)];
     device.launch(&kernel, Launch { grid, block: 256, shared: 0 }, &args)

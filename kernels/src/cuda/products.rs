@@ -193,8 +193,8 @@ impl Call<'_> {
         let kernel = device.kernel("gemm_small", names[size])?;
         let panels_a_block = if size == 4 { 2 } else { 1 };
         let grid = (part.panels.div_ceil(panels_a_block) as u32, self.x.rows.div_ceil(SMALL_ROWS) as u32);
-        let scales = part.scales.as_ref().map_or(NULL, |scales| scales.at(0));
-        let fields = self.fields(part.tiles.at(0), scales, 0..part.panels);
+        let [tiles, scales] = part.starting_at(0);
+        let fields = self.fields(tiles, scales, 0..part.panels);
         device.launch(&kernel, Launch { grid, block: 256, shared: 0 }, &[Arg::Fields(fields)])
     }
 
@@ -205,8 +205,8 @@ impl Call<'_> {
             return Ok(());
         }
         if self.part.format == Format::Bf16 {
-            let first = self.part.tiles.at(panels.start * blocks * Format::Bf16.tile_bytes());
-            return self.tiles(device, first, panels);
+            let [tiles, _] = self.part.starting_at(panels.start * blocks);
+            return self.tiles(device, tiles, panels);
         }
         let memory = expanded.memory.as_ref().expect("`fit` was called when the matrix was loaded");
         let step = Expanded::panels(blocks);
@@ -246,9 +246,7 @@ impl Call<'_> {
             Format::Q8Half => "expand_q8h",
         };
         let kernel = device.kernel("gemm_tile", name)?;
-        let first = panels.start * blocks;
-        let tiles = part.tiles.at(first * part.format.tile_bytes());
-        let scales = part.scales.as_ref().map_or(NULL, |scales| scales.at(first * part.format.scale_bytes()));
+        let [tiles, scales] = part.starting_at(panels.start * blocks);
         let grid = ((panels.len() * blocks) as u32, 1);
         device.launch(&kernel, Launch { grid, block: 64, shared: 0 }, &[tiles, scales, to.at(0)])
     }

@@ -18,7 +18,8 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
-use super::driver::{Device, DeviceBytes};
+use super::driver::{Arg, Device, DeviceBytes};
+use super::fields::NULL;
 use crate::checks::check_parts;
 use crate::format::ggml::{BLOCK, IQ4_VALUES, dequantise_row, super_block};
 use crate::{Error, PartOrder, Result, WeightPart, WeightType};
@@ -94,6 +95,14 @@ pub(super) struct Part {
     pub(super) panels: usize,
     pub(super) tiles: DeviceBytes,
     pub(super) scales: Option<DeviceBytes>,
+}
+
+impl Part {
+    /// Where tiles and scales of a tile begin, counted from the part's first; no scales where there are none.
+    pub(super) fn starting_at(&self, tile: usize) -> [Arg; 2] {
+        let scales = self.scales.as_ref().map_or(NULL, |scales| scales.at(tile * self.format.scale_bytes()));
+        [self.tiles.at(tile * self.format.tile_bytes()), scales]
+    }
 }
 
 /// A weight matrix of shape `[rows, cols]`.

@@ -19,22 +19,27 @@
 //! broadcast activation fit the 16 registers; the f32 accumulators are touched once per block and may spill. Where a block
 //! takes several runs or planes, it is 8 weight rows: sums of 32 bits stay in registers too.
 
+mod memory;
+
 use std::arch::asm;
 use std::arch::x86_64::{
-    __m128i, __m256, __m256i, _mm_loadl_epi64, _mm_loadu_si128, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256,
-    _mm256_broadcastq_epi64, _mm256_broadcastsi128_si256, _mm256_castps_si256, _mm256_cvtepi8_epi16,
-    _mm256_cvtepi32_ps, _mm256_cvtepu8_epi16, _mm256_cvtepu8_epi32, _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_loadu_ps,
-    _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_mullo_epi16, _mm256_or_si256,
-    _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi8, _mm256_setzero_ps,
-    _mm256_setzero_si256, _mm256_shuffle_epi8, _mm256_slli_epi16, _mm256_srai_epi16, _mm256_srli_epi16,
-    _mm256_storeu_ps, _mm256_storeu_si256, _mm256_xor_ps,
+    __m128i, __m256, __m256i, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256, _mm256_broadcastq_epi64,
+    _mm256_broadcastsi128_si256, _mm256_castps_si256, _mm256_cvtepi8_epi16, _mm256_cvtepi32_ps, _mm256_cvtepu8_epi16,
+    _mm256_cvtepu8_epi32, _mm256_fmadd_ps, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_mullo_epi16,
+    _mm256_or_si256, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi8,
+    _mm256_setzero_ps, _mm256_setzero_si256, _mm256_shuffle_epi8, _mm256_slli_epi16, _mm256_srai_epi16,
+    _mm256_srli_epi16, _mm256_xor_ps,
 };
 
+use self::memory::{
+    half_mut, load_8, load_16, load_bytes, load_f32, load_halves, load_ints, load_table, load_word, store_bytes,
+    store_f32, store_ints,
+};
 use super::{Group, IntDot, Lanes, PREFETCH, TileActs, TileQuants, exact, prefetch};
 use crate::cpu::act::Tile;
 use crate::cpu::simd::Avx2;
 use crate::format::ggml::BLOCK;
-use crate::format::pack::{Codes, IQ4_CODES, PANEL, Packed, Scales, Word, Zero, ZeroKind};
+use crate::format::pack::{Codes, IQ4_CODES, Packed, Scales, Word, Zero, ZeroKind};
 use crate::memory::{Plain, cast, cast_mut};
 
 /// From this many rows on, a panel is unpacked before it is used.
@@ -520,88 +525,4 @@ fn each_of(pairs: __m256i) -> [__m256i; 2] {
     );
     let second = _mm256_or_si256(first, _mm256_set1_epi8(2));
     [_mm256_shuffle_epi8(pairs, first), _mm256_shuffle_epi8(pairs, second)]
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn load_8(bytes: &[u8; 8]) -> __m128i {
-    // SAFETY: the array holds 8 bytes.
-    unsafe { _mm_loadl_epi64(bytes.as_ptr().cast()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn load_16(bytes: &[[u8; 2]; 8]) -> __m128i {
-    // SAFETY: the array holds 16 bytes.
-    unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn load_table(bytes: &[u8; 16]) -> __m128i {
-    // SAFETY: the array holds 16 bytes.
-    unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn load_word(word: &Word, half: usize) -> __m256i {
-    load_bytes(&word.as_chunks::<32>().0[half])
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn load_bytes(bytes: &[u8; 32]) -> __m256i {
-    // SAFETY: the array holds 32 bytes.
-    unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn store_bytes(value: __m256i, bytes: &mut [u8; 32]) {
-    // SAFETY: the array holds 32 bytes.
-    unsafe { _mm256_storeu_si256(bytes.as_mut_ptr().cast(), value) };
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn load_ints(ints: &[i16; 16]) -> __m256i {
-    // SAFETY: the array holds 32 bytes.
-    unsafe { _mm256_loadu_si256(ints.as_ptr().cast()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn store_ints(value: __m256i, ints: &mut [i16; 16]) {
-    // SAFETY: the array holds 32 bytes.
-    unsafe { _mm256_storeu_si256(ints.as_mut_ptr().cast(), value) };
-}
-
-/// Halves of rows `8 * half..`.
-#[inline]
-#[target_feature(enable = "avx2,f16c")]
-fn load_halves(halves: &[u16; PANEL], half: usize) -> __m256 {
-    let eight = &halves.as_chunks::<EIGHT>().0[half];
-    // SAFETY: the array holds 8 halves, 16 bytes.
-    let bits = unsafe { _mm_loadu_si128(eight.as_ptr().cast()) };
-    _mm256_cvtph_ps(bits)
-}
-
-#[inline(always)]
-fn half_mut(lanes: &mut Lanes, half: usize) -> &mut [f32; EIGHT] {
-    &mut lanes.as_chunks_mut::<EIGHT>().0[half]
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn load_f32(lanes: &[f32; EIGHT]) -> __m256 {
-    // SAFETY: the array holds 8 floats.
-    unsafe { _mm256_loadu_ps(lanes.as_ptr()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn store_f32(value: __m256, lanes: &mut [f32; EIGHT]) {
-    // SAFETY: the array holds 8 floats.
-    unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), value) };
 }
