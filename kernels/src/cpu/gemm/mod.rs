@@ -26,7 +26,7 @@ pub(super) mod float;
 mod scalar;
 
 #[cfg(target_arch = "x86_64")]
-mod avx2;
+mod avx;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "aarch64")]

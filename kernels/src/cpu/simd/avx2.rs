@@ -38,39 +38,47 @@ pub(crate) struct V(pub(crate) __m256, pub(crate) __m256);
 #[derive(Clone, Copy)]
 pub(crate) struct I(__m256i, __m256i);
 
-// Two accumulators per row: 6 rows take 12 of the 16 registers, two more hold the operand, one the broadcast.
-forward_simd!(
-    Avx2,
-    V,
-    I,
-    6,
-    ops,
-    #[inline(always)]
-    fn fma_f16<const R: usize>(self, halves: &[u16; LANES], factors: &[f32; R], sums: &mut [V; R]) {
-        if R == 3 {
-            // SAFETY: as for the other ops.
-            return unsafe { ops::fma_f16_3(halves, factors, sums) };
-        }
-        let v = self.load_f16(halves);
-        for r in 0..R {
-            sums[r] = self.fma(self.splat(factors[r]), v, sums[r]);
-        }
-    }
-);
+/// Implements [`Simd`] for a token that proves what [`Avx2`] does, with `run` of the module that calls this.
+macro_rules! two_registers {
+    ($token:ty) => {
+        // Two accumulators per row: 6 rows take 12 of the 16 registers, two more hold the operand, one the broadcast.
+        forward_simd!(
+            $token,
+            V,
+            I,
+            6,
+            ops,
+            #[inline(always)]
+            fn fma_f16<const R: usize>(self, halves: &[u16; LANES], factors: &[f32; R], sums: &mut [V; R]) {
+                if R == 3 {
+                    // SAFETY: as for the other ops.
+                    return unsafe { ops::fma_f16_3(halves, factors, sums) };
+                }
+                let v = self.load_f16(halves);
+                for r in 0..R {
+                    sums[r] = self.fma(self.splat(factors[r]), v, sums[r]);
+                }
+            }
+        );
+    };
+}
+pub(super) use two_registers;
 
-mod ops {
+two_registers!(Avx2);
+
+pub(super) mod ops {
     use super::*;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn splat(x: f32) -> V {
+    pub(crate) fn splat(x: f32) -> V {
         let v = _mm256_set1_ps(x);
         V(v, v)
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn load(src: &[f32; LANES]) -> V {
+    pub(crate) fn load(src: &[f32; LANES]) -> V {
         let (low, high) = src.split_at(8);
         // SAFETY: `low` is 8 floats long; the load needs no alignment.
         let low = unsafe { _mm256_loadu_ps(low.as_ptr()) };
@@ -93,7 +101,7 @@ mod ops {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn load_f16(src: &[u16; LANES]) -> V {
+    pub(crate) fn load_f16(src: &[u16; LANES]) -> V {
         let (low, high) = load_u16(src);
         V(_mm256_cvtph_ps(low), _mm256_cvtph_ps(high))
     }
@@ -102,7 +110,7 @@ mod ops {
     /// vector. The compiler would fetch the other half early and keep sums in memory instead.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn fma_f16_3(halves: &[u16; LANES], factors: &[f32], sums: &mut [V]) {
+    pub(crate) fn fma_f16_3(halves: &[u16; LANES], factors: &[f32], sums: &mut [V]) {
         let (&[x, y, z], [a, b, c]) = (factors, sums) else { unreachable!("three rows") };
         let (x, y, z) = (_mm256_set1_ps(x), _mm256_set1_ps(y), _mm256_set1_ps(z));
         // SAFETY: the block reads the 32 bytes of `halves` and writes registers only.
@@ -134,7 +142,7 @@ mod ops {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn load_bf16(src: &[u16; LANES]) -> V {
+    pub(crate) fn load_bf16(src: &[u16; LANES]) -> V {
         let (low, high) = load_u16(src);
         let low = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(low));
         let high = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(high));
@@ -143,7 +151,7 @@ mod ops {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn store(v: V, dst: &mut [f32; LANES]) {
+    pub(crate) fn store(v: V, dst: &mut [f32; LANES]) {
         let (low, high) = dst.split_at_mut(8);
         // SAFETY: `low` is 8 floats long; the store needs no alignment.
         unsafe { _mm256_storeu_ps(low.as_mut_ptr(), v.0) };
@@ -153,7 +161,7 @@ mod ops {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn store_f16(v: V, dst: &mut [u16; LANES]) {
+    pub(crate) fn store_f16(v: V, dst: &mut [u16; LANES]) {
         let (low, high) = dst.split_at_mut(8);
         let bits = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v.0);
         // SAFETY: `low` is 16 bytes long; the store needs no alignment.
@@ -165,56 +173,56 @@ mod ops {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn add(a: V, b: V) -> V {
+    pub(crate) fn add(a: V, b: V) -> V {
         V(_mm256_add_ps(a.0, b.0), _mm256_add_ps(a.1, b.1))
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn sub(a: V, b: V) -> V {
+    pub(crate) fn sub(a: V, b: V) -> V {
         V(_mm256_sub_ps(a.0, b.0), _mm256_sub_ps(a.1, b.1))
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn mul(a: V, b: V) -> V {
+    pub(crate) fn mul(a: V, b: V) -> V {
         V(_mm256_mul_ps(a.0, b.0), _mm256_mul_ps(a.1, b.1))
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn div(a: V, b: V) -> V {
+    pub(crate) fn div(a: V, b: V) -> V {
         V(_mm256_div_ps(a.0, b.0), _mm256_div_ps(a.1, b.1))
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn fma(a: V, b: V, acc: V) -> V {
+    pub(crate) fn fma(a: V, b: V, acc: V) -> V {
         V(_mm256_fmadd_ps(a.0, b.0, acc.0), _mm256_fmadd_ps(a.1, b.1, acc.1))
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn max(a: V, b: V) -> V {
+    pub(crate) fn max(a: V, b: V) -> V {
         V(_mm256_max_ps(a.0, b.0), _mm256_max_ps(a.1, b.1))
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn min(a: V, b: V) -> V {
+    pub(crate) fn min(a: V, b: V) -> V {
         V(_mm256_min_ps(a.0, b.0), _mm256_min_ps(a.1, b.1))
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn abs(v: V) -> V {
+    pub(crate) fn abs(v: V) -> V {
         let sign = _mm256_set1_ps(-0.0);
         V(_mm256_andnot_ps(sign, v.0), _mm256_andnot_ps(sign, v.1))
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn reduce_add(v: V) -> f32 {
+    pub(crate) fn reduce_add(v: V) -> f32 {
         let by8 = _mm256_add_ps(v.0, v.1);
         let by4 = _mm_add_ps(_mm256_castps256_ps128(by8), _mm256_extractf128_ps::<1>(by8));
         let by2 = _mm_add_ps(by4, _mm_movehl_ps(by4, by4));
@@ -223,7 +231,7 @@ mod ops {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn reduce_max(v: V) -> f32 {
+    pub(crate) fn reduce_max(v: V) -> f32 {
         let by8 = _mm256_max_ps(v.0, v.1);
         let by4 = _mm_max_ps(_mm256_castps256_ps128(by8), _mm256_extractf128_ps::<1>(by8));
         let by2 = _mm_max_ps(by4, _mm_movehl_ps(by4, by4));
@@ -232,7 +240,7 @@ mod ops {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn keep_lanes(v: V, first: usize, end: usize, fill: f32) -> V {
+    pub(crate) fn keep_lanes(v: V, first: usize, end: usize, fill: f32) -> V {
         let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
         let after = _mm256_set1_epi32(first.min(LANES) as i32 - 1);
         let before = _mm256_set1_epi32(end.min(LANES) as i32);
@@ -257,13 +265,13 @@ mod ops {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn exp_scale(p: V, t: V, x: V) -> V {
+    pub(crate) fn exp_scale(p: V, t: V, x: V) -> V {
         V(exp_scale_half(p.0, t.0, x.0), exp_scale_half(p.1, t.1, x.1))
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn round_i8(v: [V; 2], dst: &mut [i8; 32]) -> [i32; 2] {
+    pub(crate) fn round_i8(v: [V; 2], dst: &mut [i8; 32]) -> [i32; 2] {
         let [a, b] = v;
         let a16 = _mm256_packs_epi32(_mm256_cvtps_epi32(a.0), _mm256_cvtps_epi32(a.1));
         let b16 = _mm256_packs_epi32(_mm256_cvtps_epi32(b.0), _mm256_cvtps_epi32(b.1));
@@ -282,7 +290,7 @@ mod ops {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn store_i16(v: V, dst: &mut [i16; LANES]) {
+    pub(crate) fn store_i16(v: V, dst: &mut [i16; LANES]) {
         // Packing works within 128-bit halves: the four groups of four come out as 0 2 1 3.
         let mixed = _mm256_packs_epi32(_mm256_cvtps_epi32(v.0), _mm256_cvtps_epi32(v.1));
         let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(mixed);
@@ -292,13 +300,13 @@ mod ops {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn zero_sums() -> I {
+    pub(crate) fn zero_sums() -> I {
         I(_mm256_setzero_si256(), _mm256_setzero_si256())
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn dot_pairs<const R: usize>(bytes: &[i8; 2 * LANES], pairs: &[[i16; 2]; R], sums: &mut [I; R]) {
+    pub(crate) fn dot_pairs<const R: usize>(bytes: &[i8; 2 * LANES], pairs: &[[i16; 2]; R], sums: &mut [I; R]) {
         let (low, high) = bytes.split_at(LANES);
         // SAFETY: `low` is 16 bytes long; the load needs no alignment.
         let low = _mm256_cvtepi8_epi16(unsafe { _mm_loadu_si128(low.as_ptr().cast()) });
@@ -314,7 +322,7 @@ mod ops {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn sums_to_f32(sums: I) -> V {
+    pub(crate) fn sums_to_f32(sums: I) -> V {
         V(_mm256_cvtepi32_ps(sums.0), _mm256_cvtepi32_ps(sums.1))
     }
 }

@@ -6,6 +6,7 @@
 //!        │
 //!   dispatch(isa, kernel) ──┬── Scalar            the oracle: plain loops over [f32; 16]
 //!                           ├── Avx2              2 x __m256       (avx2, fma, f16c)
+//!                           ├── AvxVnni           the same, and products of bytes (avxvnni)
 //!                           ├── Avx512            1 x __m512       (avx512 f, bw, vl, dq, vnni)
 //!                           └── Neon              4 x float32x4_t
 //! ```
@@ -26,6 +27,8 @@ mod scalar;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avxvnni;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 
@@ -36,6 +39,8 @@ pub(crate) mod tests;
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avxvnni::AvxVnni;
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::Neon;
 pub(crate) use scalar::Scalar;
@@ -204,6 +209,10 @@ pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => {
             avx2::run(Avx2::detect().expect("the instruction set was checked when the backend was made"), kernel)
+        }
+        #[cfg(target_arch = "x86_64")]
+        Isa::AvxVnni => {
+            avxvnni::run(AvxVnni::detect().expect("the instruction set was checked when the backend was made"), kernel)
         }
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => {

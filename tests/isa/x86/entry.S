@@ -8,8 +8,11 @@
 
 # 0x1000: the machine starts here.
 start:
+    mov     eax, 0xd
     xor     ecx, ecx
-    mov     eax, 0xe7               # x87, SSE, AVX, AVX-512
+    cpuid
+    and     eax, 0xe7               # x87, SSE, AVX, AVX-512: those that the CPU has
+    xor     ecx, ecx
     xor     edx, edx
     xsetbv
     jmp     leave

@@ -1,0 +1,120 @@
+//! The dot product with AVX2, which multiplies unsigned by signed bytes but adds the pairs into 16 bits.
+//!
+//! How many products of a code with 127 fit 16 bits decides how many words are summed before the sums are widened, and the
+//! multiplication that widens them applies the whole-number scale on the way:
+//!
+//! ```text
+//!   up to 4 bits   8 words, a whole block       16 * 15 * 127 = 30,480
+//!   5 bits         4 words, 16 columns           8 * 31 * 127 = 31,496
+//!   6 bits         2 words                       4 * 63 * 127 = 32,004
+//!   8 bits         two planes of nibbles, `16 * high + low`
+//! ```
+
+use std::arch::asm;
+use std::arch::x86_64::{__m256i, _mm256_add_epi16, _mm256_add_epi32, _mm256_madd_epi16, _mm256_maddubs_epi16};
+
+use super::broadcast;
+use crate::cpu::gemm::{IntDot, TileQuants};
+use crate::cpu::simd::Avx2;
+use crate::format::ggml::BLOCK;
+use crate::format::pack::Packed;
+
+tiles!("avx2,fma,f16c");
+
+impl IntDot for Avx2 {
+    const TILE_ROWS: usize = 4;
+
+    fn scratch_bytes(cols: usize) -> usize {
+        2 * (cols / BLOCK) * size_of::<Strip<2, 3>>()
+    }
+
+    #[inline(always)]
+    fn panel<B: Packed>(self, panel: &[B], rows: Group<'_>, scratch: &mut [u8], out: &mut [Lanes]) {
+        // SAFETY: `self` came from `detect`, which saw AVX2, FMA and F16C.
+        unsafe { any_rows(panel, rows, scratch, out) }
+    }
+}
+
+/// Planes of codes: two for those of 8 bits.
+const fn plane_count<B: Packed>() -> usize {
+    if B::SHAPE.bits == 8 { 2 } else { 1 }
+}
+
+/// Words whose products are summed in 16 bits.
+const fn run_words<B: Packed>() -> usize {
+    match (B::SHAPE.bits, B::SHAPE.scales) {
+        (6, _) => 2,
+        (5, _) | (_, 2) => 4,
+        _ => 8,
+    }
+}
+
+/// True where a block is summed in 16 bits from end to end, so that both vectors of a panel's rows find registers.
+const fn one_run<B: Packed>() -> bool {
+    plane_count::<B>() == 1 && run_words::<B>() == 8
+}
+
+/// Scaled dot products of a block's rows, in `H` vectors of 8, with `N` rows of activations; `codes` gives the planes of a
+/// group of columns of a vector.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn dots<B: Packed, const P: usize, const N: usize, const H: usize>(
+    codes: impl Fn(usize, usize) -> [__m256i; P],
+    scales: [[__m256i; 2]; H],
+    x: &TileQuants<N>,
+) -> [[__m256i; H]; N] {
+    let mut sums = [[_mm256_setzero_si256(); H]; N];
+    if P == 2 {
+        let mut high_sums = sums;
+        each_group!(j => {
+            for h in 0..H {
+                let planes = codes(j, h);
+                let (low, high) = (planes[0], planes[P - 1]);
+                for n in 0..N {
+                    let x = broadcast(&x[n], j);
+                    sums[n][h] = hold(_mm256_add_epi16(sums[n][h], _mm256_maddubs_epi16(low, x)));
+                    high_sums[n][h] = hold(_mm256_add_epi16(high_sums[n][h], _mm256_maddubs_epi16(high, x)));
+                }
+            }
+        });
+        for n in 0..N {
+            for h in 0..H {
+                let low = _mm256_madd_epi16(sums[n][h], scales[h][0]);
+                sums[n][h] = _mm256_add_epi32(low, _mm256_madd_epi16(high_sums[n][h], scales[h][1]));
+            }
+        }
+    } else {
+        let mut run = sums;
+        each_group!(j => {
+            let mut words = [_mm256_setzero_si256(); H];
+            for (h, word) in words.iter_mut().enumerate() {
+                *word = codes(j, h)[0];
+            }
+            for n in 0..N {
+                let x = broadcast(&x[n], j);
+                for h in 0..H {
+                    run[n][h] = hold(_mm256_add_epi16(run[n][h], _mm256_maddubs_epi16(words[h], x)));
+                }
+            }
+            if (j + 1).is_multiple_of(run_words::<B>()) {
+                for n in 0..N {
+                    for h in 0..H {
+                        sums[n][h] = _mm256_add_epi32(sums[n][h], _mm256_madd_epi16(run[n][h], scales[h][j / 4]));
+                        run[n][h] = _mm256_setzero_si256();
+                    }
+                }
+            }
+        });
+    }
+    sums
+}
+
+/// The same vector, in the order of the source: without it, the compiler sums each row as a tree once the loops are
+/// unrolled, loads every operand of a block first, and spills most of them.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn hold(mut vector: __m256i) -> __m256i {
+    // SAFETY: there is no instruction in it.
+    unsafe { asm!("/* {0} */", inout(ymm_reg) vector, options(nomem, nostack, preserves_flags)) };
+    vector
+}
