@@ -3,14 +3,15 @@
 //! `cargo bench -p cupola-benches` measures all cases of `cupola_kernels::testing`, which the tests check for correctness;
 //! `cargo bench -p cupola-benches -- --quick` a part of them within two minutes, and a word (`Q4_1`, `SmolLM2`, `b512`) those
 //! whose names contain it. `CUPOLA_ISA` measures one instruction set, `CUPOLA_BENCH_THREADS` sets the threads. The table at the
-//! end says which share of its bound each case reaches: reading its weights from memory, or its operations.
+//! end says which share of its bound each case reaches: reading its weights from memory, or its operations. The bound is measured
+//! beside each sample, and the share is the median of theirs: a shared machine's speed changes from one second to the next.
 //!
 //! Weights are copied until no cache holds them, and the copies are used in turn, as a model's layers are.
 
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput};
-use cupola_kernels::cpu::roofline::Roofline;
+use cupola_kernels::cpu::roofline::{Gauge, Roofline};
 use cupola_kernels::cpu::{CpuBackend, CpuConfig, ISA_VARIABLE, Isa, default_threads};
 use cupola_kernels::testing::{Case, Layer, cases, random_weights};
 use cupola_kernels::{ActId, Backend, BufferId, Epilogue, LinearId, PartOrder, Rows, WeightPart, WeightType};
@@ -66,14 +67,59 @@ impl Loaded {
     }
 }
 
-/// A case and its seconds.
+/// What a case cannot be faster than.
+#[derive(Clone, Copy)]
+enum Bound {
+    Read,
+    Int8,
+    Float,
+}
+
+impl Bound {
+    fn of(case: &Case, roof: &Roofline) -> Self {
+        let (bytes, operations) = (case.weight_bytes() as f64, case.operations() as f64);
+        let int8 = !case.ty.is_float();
+        match roof.seconds(bytes, operations, int8) <= bytes / roof.read {
+            true => Bound::Read,
+            false if int8 && roof.int8.is_some() => Bound::Int8,
+            false => Bound::Float,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Bound::Read => "read",
+            Bound::Int8 => "int8",
+            Bound::Float => "f32",
+        }
+    }
+
+    /// Least seconds of a case, as the machine is now.
+    fn seconds(self, case: &Case, gauge: &Gauge) -> f64 {
+        match self {
+            Bound::Read => case.weight_bytes() as f64 / gauge.read(),
+            Bound::Int8 => case.operations() as f64 / gauge.int8().unwrap_or(f64::INFINITY),
+            Bound::Float => case.operations() as f64 / gauge.float(),
+        }
+    }
+}
+
+/// A case, its seconds, and the share of its bound that it reached: medians.
 struct Measured {
     isa: Isa,
     case: Case,
     seconds: f64,
+    bound: Bound,
+    share: f64,
 }
 
-fn measure(criterion: &mut Criterion, isa: Isa, threads: usize, quick: bool) -> Vec<Measured> {
+fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
+}
+
+fn measure(criterion: &mut Criterion, isa: Isa, roof: &Roofline, threads: usize, quick: bool) -> Vec<Measured> {
+    let gauge = Gauge::new(isa, threads).expect("the set is available, and memory to read");
     let config = CpuConfig { threads: Some(threads), isa: Some(isa) };
     let mut measured = Vec::new();
     let cases: Vec<Case> = cases(isa).into_iter().filter(|case| !quick || is_quick(case)).collect();
@@ -89,20 +135,23 @@ fn measure(criterion: &mut Criterion, isa: Isa, threads: usize, quick: bool) -> 
                 1 => Throughput::Bytes(case.weight_bytes() as u64),
                 _ => Throughput::Elements(case.operations() as u64),
             });
-            let mut times = Vec::new();
+            let bound = Bound::of(case, roof);
+            let (mut times, mut shares) = (Vec::new(), Vec::new());
             criterion_group.bench_function(format!("b{}", case.batch), |bencher| {
                 let loaded = loaded.get_or_insert_with(|| {
                     Loaded::new(case.ty, case.layer, most_rows, config).expect("a case of the table, and memory for it")
                 });
                 bencher.iter_custom(|count| {
+                    let before = bound.seconds(case, &gauge);
                     let time = loaded.time(case.batch, count).expect("shapes fit");
+                    let least = (before + bound.seconds(case, &gauge)) / 2.0;
                     times.push(time.as_secs_f64() / count as f64);
+                    shares.push(least * count as f64 / time.as_secs_f64());
                     time
                 });
             });
-            times.sort_by(f64::total_cmp);
-            if let Some(&seconds) = times.get(times.len() / 2) {
-                measured.push(Measured { isa, case: *case, seconds });
+            if let (Some(seconds), Some(share)) = (median(times), median(shares)) {
+                measured.push(Measured { isa, case: *case, seconds, bound, share });
             }
         }
         criterion_group.finish();
@@ -126,19 +175,11 @@ fn table(measured: &[Measured], roofs: &[(Isa, Roofline)], threads: usize) {
         "\n{:<7} {:<7} {:<34} {:>5} {:>10} {:>8} {:>8}  {:<5} {:>5}",
         "isa", "weights", "layer", "batch", "us", "GB/s", "GOPS", "bound", "of it"
     );
-    for Measured { isa, case, seconds } in measured {
-        let Some((_, roof)) = roofs.iter().find(|(of, _)| of == isa) else { continue };
+    for Measured { isa, case, seconds, bound, share } in measured {
         let (bytes, operations) = (case.weight_bytes() as f64, case.operations() as f64);
-        let int8 = !case.ty.is_float();
-        let least = roof.seconds(bytes, operations, int8);
-        let bound = match int8 && roof.int8.is_some() {
-            _ if least <= bytes / roof.read => "read",
-            true => "int8",
-            false => "f32",
-        };
         let Layer { model, name, rows, cols } = case.layer;
         println!(
-            "{:<7} {:<7} {:<34} {:>5} {:>10.1} {:>8.1} {:>8.1}  {bound:<5} {:>4.0}%",
+            "{:<7} {:<7} {:<34} {:>5} {:>10.1} {:>8.1} {:>8.1}  {:<5} {:>4.0}%",
             isa.name(),
             case.ty.name(),
             format!("{model} {name} {rows}x{cols}"),
@@ -146,7 +187,8 @@ fn table(measured: &[Measured], roofs: &[(Isa, Roofline)], threads: usize) {
             seconds * 1e6,
             bytes / seconds / 1e9,
             operations / seconds / 1e9,
-            100.0 * least / seconds
+            bound.name(),
+            100.0 * share
         );
     }
 }
@@ -167,8 +209,9 @@ fn main() {
         .configure_from_args();
     let (mut measured, mut roofs) = (Vec::new(), Vec::new());
     for isa in isas {
-        roofs.push((isa, Roofline::measure(isa, threads).expect("the set is available")));
-        measured.extend(measure(&mut criterion, isa, threads, quick));
+        let roof = Roofline::measure(isa, threads).expect("the set is available");
+        measured.extend(measure(&mut criterion, isa, &roof, threads, quick));
+        roofs.push((isa, roof));
     }
     criterion.final_summary();
     table(&measured, &roofs, threads);

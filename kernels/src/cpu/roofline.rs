@@ -4,8 +4,9 @@
 //!   time of a product >= max( bytes of its weights / read , operations / peak )        peak: int8 or float
 //! ```
 //!
-//! Every figure is the best of several short runs of all threads together. Reading adds what it reads, as a product of one
-//! row does; the peaks work on registers alone, with enough independent chains to hide the latency of the instruction.
+//! Every figure is the best of several short runs of all threads together; [`Gauge`] makes one run at a time, to be set against
+//! what was measured just before or after it, on a machine whose speed changes. Reading adds what it reads, as a product of
+//! one row does; the peaks work on registers alone, with enough independent chains to hide the latency of the instruction.
 
 use std::hint::black_box;
 use std::sync::Barrier;
@@ -45,13 +46,14 @@ impl Roofline {
     /// # Errors
     /// [`crate::Error::Isa`] when this CPU does not have the set, [`crate::Error::OutOfMemory`] for what is read.
     pub fn measure(isa: Isa, threads: usize) -> Result<Self> {
-        let isa = Isa::choose(Some(isa))?;
-        let threads = threads.max(1);
+        let gauge = Gauge::new(isa, threads)?;
+        let cached = Gauge::reading(gauge.isa, gauge.threads, CACHED, 0)?;
+        let best = |run: &dyn Fn() -> f64| (0..RUNS).map(|_| run()).fold(0.0, f64::max);
         Ok(Self {
-            read: read_rate(isa, threads, COLD / threads, AHEAD)?,
-            cached_read: read_rate(isa, threads, CACHED, 0)?,
-            int8: int8_pass(isa).map(|pass| best_rate(threads, &|_| pass())),
-            float: best_rate(threads, &|_| dispatch(isa, Fma)),
+            read: best(&|| gauge.read()),
+            cached_read: best(&|| cached.read()),
+            int8: gauge.int8().map(|first| first.max(best(&|| gauge.int8().unwrap_or(0.0)))),
+            float: best(&|| gauge.float()),
         })
     }
 
@@ -67,46 +69,78 @@ impl Roofline {
 /// # Errors
 /// As [`Roofline::measure`].
 pub fn read_bandwidth(isa: Isa, threads: usize) -> Result<f64> {
-    let threads = threads.max(1);
-    read_rate(Isa::choose(Some(isa))?, threads, COLD / threads, AHEAD)
+    let gauge = Gauge::new(isa, threads)?;
+    Ok((0..RUNS).map(|_| gauge.read()).fold(0.0, f64::max))
 }
 
-/// Bytes that all threads read per second, `bytes` of its own each, with an instruction set that this CPU has.
-fn read_rate(isa: Isa, threads: usize, bytes: usize, ahead: usize) -> Result<f64> {
-    let parts = (0..threads)
-        .map(|_| {
-            let mut part = Arena::<f32>::zeroed(bytes / size_of::<f32>(), "the memory to read")?;
-            part.fill(0.0);
-            Ok(part)
-        })
-        .collect::<Result<Vec<_>>>()?;
-    Ok(best_rate(threads, &|thread| {
-        black_box(dispatch(isa, Read { data: &parts[thread], ahead }));
-        parts[thread].bytes() as f64
-    }))
+/// Measures a limit in one short run, of some hundredths of a second.
+pub struct Gauge {
+    isa: Isa,
+    threads: usize,
+    /// What each thread reads.
+    parts: Vec<Arena<f32>>,
+    ahead: usize,
 }
 
-/// Amount per second of all threads, in the best run; a pass returns the amount that it did.
-fn best_rate(threads: usize, pass: &(dyn Fn(usize) -> f64 + Sync)) -> f64 {
-    let run = || -> f64 {
-        let together = Barrier::new(threads);
-        let work = |thread: usize| {
-            pass(thread);
-            together.wait();
-            let (start, mut amount) = (Instant::now(), 0.0);
-            while start.elapsed() < RUN {
-                amount += pass(thread);
-            }
-            amount / start.elapsed().as_secs_f64()
-        };
-        let work = &work;
-        std::thread::scope(|scope| {
-            let others: Vec<_> = (1..threads).map(|thread| scope.spawn(move || work(thread))).collect();
-            // A thread that panicked has no rate; the panic itself was printed.
-            work(0) + others.into_iter().map(|other| other.join().unwrap_or(0.0)).sum::<f64>()
+impl Gauge {
+    /// Takes the memory that is read.
+    ///
+    /// # Errors
+    /// As [`Roofline::measure`].
+    pub fn new(isa: Isa, threads: usize) -> Result<Self> {
+        let threads = threads.max(1);
+        Self::reading(Isa::choose(Some(isa))?, threads, COLD / threads, AHEAD)
+    }
+
+    /// With an instruction set that this CPU has, and `bytes` of its own for each thread.
+    fn reading(isa: Isa, threads: usize, bytes: usize, ahead: usize) -> Result<Self> {
+        let parts = (0..threads)
+            .map(|_| {
+                let mut part = Arena::<f32>::zeroed(bytes / size_of::<f32>(), "the memory to read")?;
+                part.fill(0.0);
+                Ok(part)
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self { isa, threads, parts, ahead })
+    }
+
+    /// Bytes that all threads read per second.
+    pub fn read(&self) -> f64 {
+        rate(self.threads, &|thread| {
+            black_box(dispatch(self.isa, Read { data: &self.parts[thread], ahead: self.ahead }));
+            self.parts[thread].bytes() as f64
         })
+    }
+
+    /// See [`Roofline::int8`].
+    pub fn int8(&self) -> Option<f64> {
+        int8_pass(self.isa).map(|pass| rate(self.threads, &|_| pass()))
+    }
+
+    /// See [`Roofline::float`].
+    pub fn float(&self) -> f64 {
+        rate(self.threads, &|_| dispatch(self.isa, Fma))
+    }
+}
+
+/// Amount per second of all threads together; a pass returns the amount that it did.
+fn rate(threads: usize, pass: &(dyn Fn(usize) -> f64 + Sync)) -> f64 {
+    let together = Barrier::new(threads);
+    let work = |thread: usize| {
+        pass(thread);
+        together.wait();
+        let (start, mut amount) = (Instant::now(), 0.0);
+        while start.elapsed() < RUN {
+            amount += pass(thread);
+        }
+        amount / start.elapsed().as_secs_f64()
     };
-    (0..RUNS).map(|_| run()).fold(0.0, f64::max)
+    let work = &work;
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|thread| scope.spawn(move || work(thread))).collect();
+        // A thread that panicked has no rate; the panic itself was printed.
+        work(0) + others.into_iter().map(|other| other.join().unwrap_or(0.0)).sum::<f64>()
+    })
 }
 
 /// Reads everything once.
