@@ -3,8 +3,8 @@
 //! `cargo bench -p cupola-benches` measures all cases of `cupola_kernels::testing`, which the tests check for correctness;
 //! `cargo bench -p cupola-benches -- --quick` a part of them within two minutes, and a word (`Q4_1`, `SmolLM2`, `b512`) those
 //! whose names contain it. `CUPOLA_ISA` measures one instruction set, `CUPOLA_BENCH_THREADS` sets the threads. The table at the
-//! end says which share of its bound each case reaches: reading its weights from memory, or its operations. The bound is measured
-//! beside each sample, and the share is the median of theirs: a shared machine's speed changes from one second to the next.
+//! end says which share of its bound each case reaches: reading its weights from memory, or its operations. For that, case
+//! and bound are measured in turn, and the share is the median of the turns': a shared machine's speed changes by the second.
 //!
 //! Weights are copied until no cache holds them, and the copies are used in turn, as a model's layers are.
 
@@ -65,6 +65,18 @@ impl Loaded {
         }
         Ok(start.elapsed())
     }
+
+    /// Share of its bound that a case of about so many seconds reaches: the median of some turns of both.
+    fn share(&mut self, case: &Case, seconds: f64, (bound, gauge): (Bound, &Gauge)) -> f64 {
+        const TURNS: usize = 7;
+        const TURN: f64 = 0.04;
+        let count = (TURN / seconds).ceil() as u64;
+        let shares = (0..TURNS).map(|_| {
+            let least = bound.seconds(case, gauge) * count as f64;
+            least / self.time(case.batch, count).expect("shapes fit").as_secs_f64()
+        });
+        median(shares.collect()).unwrap_or(0.0)
+    }
 }
 
 /// What a case cannot be faster than.
@@ -104,7 +116,7 @@ impl Bound {
     }
 }
 
-/// A case, its seconds, and the share of its bound that it reached: medians.
+/// A case, its seconds, and the share of its bound that it reaches: medians.
 struct Measured {
     isa: Isa,
     case: Case,
@@ -136,21 +148,20 @@ fn measure(criterion: &mut Criterion, isa: Isa, roof: &Roofline, threads: usize,
                 _ => Throughput::Elements(case.operations() as u64),
             });
             let bound = Bound::of(case, roof);
-            let (mut times, mut shares) = (Vec::new(), Vec::new());
+            let mut times = Vec::new();
             criterion_group.bench_function(format!("b{}", case.batch), |bencher| {
                 let loaded = loaded.get_or_insert_with(|| {
                     Loaded::new(case.ty, case.layer, most_rows, config).expect("a case of the table, and memory for it")
                 });
                 bencher.iter_custom(|count| {
-                    let before = bound.seconds(case, &gauge);
                     let time = loaded.time(case.batch, count).expect("shapes fit");
-                    let least = (before + bound.seconds(case, &gauge)) / 2.0;
                     times.push(time.as_secs_f64() / count as f64);
-                    shares.push(least * count as f64 / time.as_secs_f64());
                     time
                 });
             });
-            if let (Some(seconds), Some(share)) = (median(times), median(shares)) {
+            // A filter may have left it out.
+            if let (Some(seconds), Some(loaded)) = (median(times), &mut loaded) {
+                let share = loaded.share(case, seconds, (bound, &gauge));
                 measured.push(Measured { isa, case: *case, seconds, bound, share });
             }
         }
