@@ -18,7 +18,8 @@
 //!   HighNibbles(dmin, m)   acc = fma(m . sum of x, -dmin * d_x, acc)          for each 16 columns
 //! ```
 //!
-//! That order is the same for every tile, so a row's result does not depend on the rows beside it.
+//! That order is the same for every tile, so a row's result does not depend on the rows beside it. AVX2 takes codes of 8 bits
+//! with their sign, so that their zero asks for nothing.
 //!
 //! [`Zero`]: crate::format::pack::Zero
 

@@ -7,13 +7,16 @@
 //!   up to 4 bits   8 words, a whole block       16 * 15 * 127 = 30,480
 //!   5 bits         4 words, 16 columns           8 * 31 * 127 = 31,496
 //!   6 bits         2 words                       4 * 63 * 127 = 32,004
-//!   8 bits         two planes of nibbles, `16 * high + low`
+//!   8 bits         1 word, as `|w| * (x with the sign of w)`     2 * 128 * 127 = 32,512
 //! ```
 
 use std::arch::asm;
-use std::arch::x86_64::{__m256i, _mm256_add_epi16, _mm256_add_epi32, _mm256_madd_epi16, _mm256_maddubs_epi16};
+use std::arch::x86_64::{
+    __m256i, _mm256_abs_epi8, _mm256_add_epi16, _mm256_add_epi32, _mm256_madd_epi16, _mm256_maddubs_epi16,
+    _mm256_set1_epi16, _mm256_sign_epi8,
+};
 
-use super::broadcast;
+use super::{broadcast, scaled};
 use crate::cpu::gemm::{IntDot, TileQuants};
 use crate::cpu::simd::Avx2;
 use crate::format::ggml::BLOCK;
@@ -25,7 +28,7 @@ impl IntDot for Avx2 {
     const TILE_ROWS: usize = 4;
 
     fn scratch_bytes(cols: usize) -> usize {
-        2 * (cols / BLOCK) * size_of::<Strip<2, 3>>()
+        2 * (cols / BLOCK) * size_of::<Strip<3>>()
     }
 
     #[inline(always)]
@@ -35,10 +38,8 @@ impl IntDot for Avx2 {
     }
 }
 
-/// Planes of codes: two for those of 8 bits.
-const fn plane_count<B: Packed>() -> usize {
-    if B::SHAPE.bits == 8 { 2 } else { 1 }
-}
+/// The sign of a weight goes to its activation.
+const SIGNED: bool = true;
 
 /// Words whose products are summed in 16 bits.
 const fn run_words<B: Packed>() -> usize {
@@ -51,36 +52,41 @@ const fn run_words<B: Packed>() -> usize {
 
 /// True where a block is summed in 16 bits from end to end, so that both vectors of a panel's rows find registers.
 const fn one_run<B: Packed>() -> bool {
-    plane_count::<B>() == 1 && run_words::<B>() == 8
+    B::SHAPE.bits == 8 || run_words::<B>() == 8
 }
 
-/// Scaled dot products of a block's rows, in `H` vectors of 8, with `N` rows of activations; `codes` gives the planes of a
-/// group of columns of a vector.
+/// Scaled dot products of a block's rows, in `H` vectors of 8, with `N` rows of activations; `codes` gives a group of
+/// columns of a vector.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn dots<B: Packed, const P: usize, const N: usize, const H: usize>(
-    codes: impl Fn(usize, usize) -> [__m256i; P],
+fn dots<B: Packed, const N: usize, const H: usize>(
+    codes: impl Fn(usize, usize) -> __m256i,
     scales: [[__m256i; 2]; H],
     x: &TileQuants<N>,
 ) -> [[__m256i; H]; N] {
     let mut sums = [[_mm256_setzero_si256(); H]; N];
-    if P == 2 {
-        let mut high_sums = sums;
+    if B::SHAPE.bits == 8 {
+        let ones = _mm256_set1_epi16(1);
         each_group!(j => {
+            let mut words = [_mm256_setzero_si256(); H];
+            let mut sizes = words;
             for h in 0..H {
-                let planes = codes(j, h);
-                let (low, high) = (planes[0], planes[P - 1]);
-                for n in 0..N {
-                    let x = broadcast(&x[n], j);
-                    sums[n][h] = hold(_mm256_add_epi16(sums[n][h], _mm256_maddubs_epi16(low, x)));
-                    high_sums[n][h] = hold(_mm256_add_epi16(high_sums[n][h], _mm256_maddubs_epi16(high, x)));
+                words[h] = codes(j, h);
+                sizes[h] = _mm256_abs_epi8(words[h]);
+            }
+            for n in 0..N {
+                let x = broadcast(&x[n], j);
+                for h in 0..H {
+                    let pairs = _mm256_maddubs_epi16(sizes[h], _mm256_sign_epi8(x, words[h]));
+                    sums[n][h] = hold(_mm256_add_epi32(sums[n][h], _mm256_madd_epi16(pairs, ones)));
                 }
             }
         });
-        for n in 0..N {
-            for h in 0..H {
-                let low = _mm256_madd_epi16(sums[n][h], scales[h][0]);
-                sums[n][h] = _mm256_add_epi32(low, _mm256_madd_epi16(high_sums[n][h], scales[h][1]));
+        if B::SHAPE.scales == 1 {
+            for sums in &mut sums {
+                for (sum, scales) in sums.iter_mut().zip(scales) {
+                    *sum = scaled(*sum, scales[0]);
+                }
             }
         }
     } else {
@@ -88,7 +94,7 @@ fn dots<B: Packed, const P: usize, const N: usize, const H: usize>(
         each_group!(j => {
             let mut words = [_mm256_setzero_si256(); H];
             for (h, word) in words.iter_mut().enumerate() {
-                *word = codes(j, h)[0];
+                *word = codes(j, h);
             }
             for n in 0..N {
                 let x = broadcast(&x[n], j);

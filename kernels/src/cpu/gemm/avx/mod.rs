@@ -13,7 +13,10 @@
 //!
 //! A register tile is 16 weight rows (two vectors of 8) by up to 4 activation rows: 8 sums, 2 weights and 1 broadcast
 //! activation fit the 16 registers; the f32 accumulators are touched once per block and lie in memory. Where a block takes
-//! several runs or planes, it is 8 weight rows: the sums of the runs stay in registers too.
+//! several runs, it is 8 weight rows: the sums of the runs stay in registers too.
+//!
+//! Codes of 8 bits are unsigned with a zero of 128 in a packed panel. A dot product may want them `SIGNED`: then their zero is
+//! 0, and nothing pays for it.
 
 mod memory;
 #[macro_use]
@@ -26,14 +29,14 @@ use std::arch::asm;
 use std::arch::x86_64::{
     __m128i, __m256, __m256i, _mm256_add_epi32, _mm256_and_si256, _mm256_broadcastq_epi64, _mm256_broadcastsi128_si256,
     _mm256_castps_si256, _mm256_cvtepi8_epi16, _mm256_cvtepi32_ps, _mm256_cvtepu8_epi16, _mm256_cvtepu8_epi32,
-    _mm256_fmadd_ps, _mm256_madd_epi16, _mm256_mul_ps, _mm256_mullo_epi16, _mm256_or_si256, _mm256_set1_epi8,
-    _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi8, _mm256_setzero_ps, _mm256_setzero_si256,
-    _mm256_shuffle_epi8, _mm256_slli_epi16, _mm256_srai_epi16, _mm256_srli_epi16, _mm256_xor_ps,
+    _mm256_fmadd_ps, _mm256_madd_epi16, _mm256_mul_ps, _mm256_mullo_epi16, _mm256_mullo_epi32, _mm256_or_si256,
+    _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi8, _mm256_setzero_ps,
+    _mm256_setzero_si256, _mm256_shuffle_epi8, _mm256_slli_epi16, _mm256_srai_epi16, _mm256_srai_epi32,
+    _mm256_srli_epi16, _mm256_xor_ps, _mm256_xor_si256,
 };
 
 use self::memory::{
-    load_8, load_16, load_bytes, load_f32, load_halves, load_ints, load_table, load_word, store_bytes, store_f32,
-    store_ints,
+    load_8, load_16, load_f32, load_halves, load_ints, load_table, load_word, store_bytes, store_f32, store_ints,
 };
 use crate::format::ggml::BLOCK;
 use crate::format::pack::{Codes, IQ4_CODES, Packed, Scales, Word, Zero, ZeroKind};
@@ -42,17 +45,17 @@ use crate::memory::Plain;
 /// Rows of a vector.
 const EIGHT: usize = 8;
 
-/// A block of 8 rows as the dot product wants it: `P` planes of codes, `I` vectors of pairs of whole numbers, and floats.
+/// A block of 8 rows as the dot product wants it: codes, `I` vectors of pairs of whole numbers, and floats.
 #[derive(Clone, Copy)]
 #[repr(C, align(32))]
-struct Strip<const P: usize, const I: usize> {
-    codes: [[[u8; 32]; 8]; P],
+struct Strip<const I: usize> {
+    codes: [[u8; 32]; 8],
     ints: [[i16; 16]; I],
     d: [f32; EIGHT],
     offset: [f32; EIGHT],
 }
 
-impl<const P: usize, const I: usize> Plain for Strip<P, I> {}
+impl<const I: usize> Plain for Strip<I> {}
 
 /// What the codes of a block's 8 rows are multiplied with.
 #[derive(Clone, Copy)]
@@ -60,7 +63,7 @@ struct Factors {
     d: __m256,
     /// Times the scaled sum of the activations, or times `d_x` for [`ZeroKind::Mins`].
     offset: __m256,
-    /// Pairs of equal scales: of the first and the last 16 columns; with two planes, of the low and the high one.
+    /// Pairs of equal scales: of the first and the last 16 columns.
     scales: [__m256i; 2],
     /// Pairs for the sums of both 16 columns.
     pairs: __m256i,
@@ -69,15 +72,13 @@ struct Factors {
 /// Factors of rows `8 * half..` of a block.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn factors<B: Packed, const P: usize>(unit: &B, b: usize, half: usize) -> Factors {
+fn factors<B: Packed, const SIGNED: bool>(unit: &B, b: usize, half: usize) -> Factors {
     let d = load_halves(unit.d(), half);
     let (scales, mut pairs) = match unit.scales(b) {
-        Scales::One if P == 2 => ([_mm256_set1_epi16(1), _mm256_set1_epi16(16)], _mm256_setzero_si256()),
         Scales::One => ([_mm256_set1_epi16(1); 2], _mm256_setzero_si256()),
         Scales::Each(scales) => {
             let scales = both(load_8(&scales.as_chunks::<8>().0[half].map(i8::cast_unsigned)));
-            let second = if P == 2 { _mm256_slli_epi16::<4>(scales) } else { scales };
-            ([scales, second], scales)
+            ([scales; 2], scales)
         }
         Scales::Halves(scales) => {
             let pairs =
@@ -91,6 +92,7 @@ fn factors<B: Packed, const P: usize>(unit: &B, b: usize, half: usize) -> Factor
     };
     let minus = _mm256_set1_ps(-0.0);
     let offset = match unit.zero(b) {
+        _ if has_no_zero::<B, SIGNED>() => _mm256_setzero_ps(),
         Zero::Code(z) if B::SHAPE.scales == 0 => _mm256_mul_ps(d, _mm256_set1_ps(-f32::from(z))),
         Zero::Code(z) => {
             pairs = _mm256_mullo_epi16(pairs, _mm256_set1_epi16(-i16::from(z)));
@@ -106,10 +108,25 @@ fn factors<B: Packed, const P: usize>(unit: &B, b: usize, half: usize) -> Factor
     Factors { d, offset, scales, pairs }
 }
 
+/// True where the codes' zero is 0.
+const fn has_no_zero<B: Packed, const SIGNED: bool>() -> bool {
+    SIGNED && B::SHAPE.bits == 8
+}
+
 /// Adds a block to the accumulator of a row, given its scaled integer sums.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn accumulate<B: Packed>(acc: __m256, sum: __m256i, w: &Factors, [d_x, s_x]: [f32; 2], x_sums: [i16; 2]) -> __m256 {
+fn accumulate<B: Packed, const SIGNED: bool>(
+    acc: __m256,
+    sum: __m256i,
+    w: &Factors,
+    [d_x, s_x]: [f32; 2],
+    x_sums: [i16; 2],
+) -> __m256 {
+    let scale = _mm256_mul_ps(w.d, _mm256_set1_ps(d_x));
+    if has_no_zero::<B, SIGNED>() {
+        return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, acc);
+    }
     let mut sum = sum;
     let zero = match B::SHAPE.zero {
         ZeroKind::Float => None,
@@ -118,47 +135,34 @@ fn accumulate<B: Packed>(acc: __m256, sum: __m256i, w: &Factors, [d_x, s_x]: [f3
     if let (ZeroKind::Codes, Some(zero)) = (B::SHAPE.zero, zero) {
         sum = _mm256_add_epi32(sum, zero);
     }
-    let d_x = _mm256_set1_ps(d_x);
-    let acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(w.d, d_x), acc);
+    let acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, acc);
     match (B::SHAPE.zero, zero) {
         (ZeroKind::Float, _) => _mm256_fmadd_ps(w.offset, _mm256_set1_ps(s_x), acc),
-        (ZeroKind::Mins, Some(zero)) => _mm256_fmadd_ps(_mm256_cvtepi32_ps(zero), _mm256_mul_ps(w.offset, d_x), acc),
+        (ZeroKind::Mins, Some(zero)) => {
+            _mm256_fmadd_ps(_mm256_cvtepi32_ps(zero), _mm256_mul_ps(w.offset, _mm256_set1_ps(d_x)), acc)
+        }
         _ => acc,
     }
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn unpack<B: Packed, const P: usize, const I: usize>(unit: &B, b: usize, half: usize, out: &mut Strip<P, I>) {
-    let w = factors::<B, P>(unit, b, half);
+fn unpack<B: Packed, const SIGNED: bool, const I: usize>(unit: &B, b: usize, half: usize, out: &mut Strip<I>) {
+    let w = factors::<B, SIGNED>(unit, b, half);
     store_f32(w.d, &mut out.d);
     store_f32(w.offset, &mut out.offset);
     for (out, ints) in out.ints.iter_mut().zip([w.scales[0], w.scales[1], w.pairs]) {
         store_ints(ints, out);
     }
     each_group!(j => {
-        let planes = planes::<P>(unit.codes(b), j, half);
-        for (out, plane) in out.codes.iter_mut().zip(planes) {
-            store_bytes(plane, &mut out[j]);
-        }
+        store_bytes(group::<SIGNED>(unit.codes(b), j, half), &mut out.codes[j]);
     });
-}
-
-/// Planes of codes of group `j`.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn strip_codes<const P: usize, const I: usize>(block: &Strip<P, I>, j: usize) -> [__m256i; P] {
-    let mut out = [_mm256_setzero_si256(); P];
-    for (out, plane) in out.iter_mut().zip(&block.codes) {
-        *out = load_bytes(&plane[j]);
-    }
-    out
 }
 
 /// What [`unpack`] kept of [`Factors`], without the scales.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn strip_factors<const P: usize, const I: usize>(block: &Strip<P, I>, scales: [__m256i; 2]) -> Factors {
+fn strip_factors<const I: usize>(block: &Strip<I>, scales: [__m256i; 2]) -> Factors {
     let pairs = block.ints.get(2).map_or_else(|| _mm256_setzero_si256(), |pairs| load_ints(pairs));
     Factors { d: load_f32(&block.d), offset: load_f32(&block.offset), scales, pairs }
 }
@@ -166,40 +170,43 @@ fn strip_factors<const P: usize, const I: usize>(block: &Strip<P, I>, scales: [_
 /// What [`unpack`] kept of [`Factors::scales`].
 #[inline]
 #[target_feature(enable = "avx2")]
-fn strip_scales<const P: usize, const I: usize>(block: &Strip<P, I>) -> [__m256i; 2] {
+fn strip_scales<const I: usize>(block: &Strip<I>) -> [__m256i; 2] {
     match block.ints.as_slice() {
-        [] => [_mm256_set1_epi16(1), _mm256_set1_epi16(if P == 2 { 16 } else { 1 })],
+        [] => [_mm256_set1_epi16(1); 2],
         [both] => [load_ints(both); 2],
         [first, second, ..] => [load_ints(first), load_ints(second)],
     }
 }
 
-/// Codes of group `j` of a block, rows `8 * half..`: in one plane, or for codes of 8 bits in two, of low and of high nibbles.
+/// Codes of group `j` of a block, rows `8 * half..`.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn planes<const P: usize>(codes: Codes<'_>, j: usize, half: usize) -> [__m256i; P] {
+fn group<const SIGNED: bool>(codes: Codes<'_>, j: usize, half: usize) -> __m256i {
     let nibble = |words: &[Word; 4]| bits(load_word(&words[j % 4], half), 4 * (j / 4), 0, 0x0f);
     let pair = |words: &[Word; 2], to: usize| bits(load_word(&words[j / 4], half), 2 * (j % 4), to, 0x03 << to);
     let bit = |word: &Word, to: usize| bits(load_word(word, half), j, to, 0x01 << to);
-    // Bits of plane `p` of a code.
-    let part = |code: u8, p: usize| if P == 1 { code } else { code >> (4 * p) & 15 };
-    let mut out = [_mm256_setzero_si256(); P];
-    for (p, out) in out.iter_mut().enumerate() {
-        *out = match codes {
-            Codes::Two(low) => pair(low, 0),
-            Codes::Three(low, high) => _mm256_or_si256(pair(low, 0), bit(high, 2)),
-            Codes::Four(low) => nibble(low),
-            Codes::Five(low, high) => _mm256_or_si256(nibble(low), bit(high, 4)),
-            Codes::Six(low, high) => _mm256_or_si256(nibble(low), pair(high, 4)),
-            Codes::Eight(words) if P == 1 => load_word(&words[j], half),
-            Codes::Eight(words) => bits(load_word(&words[j], half), 4 * p, 0, 0x0f),
-            Codes::Table(low) => {
-                let table = IQ4_CODES.map(|code| part(code, p));
-                _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_table(&table)), nibble(low))
-            }
-        };
+    match codes {
+        Codes::Two(low) => pair(low, 0),
+        Codes::Three(low, high) => _mm256_or_si256(pair(low, 0), bit(high, 2)),
+        Codes::Four(low) => nibble(low),
+        Codes::Five(low, high) => _mm256_or_si256(nibble(low), bit(high, 4)),
+        Codes::Six(low, high) => _mm256_or_si256(nibble(low), pair(high, 4)),
+        Codes::Eight(words) => {
+            let word = load_word(&words[j], half);
+            if SIGNED { _mm256_xor_si256(word, _mm256_set1_epi8(-128)) } else { word }
+        }
+        Codes::Table(low) => {
+            let table = IQ4_CODES.map(|code| if SIGNED { code ^ 0x80 } else { code });
+            _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_table(&table)), nibble(low))
+        }
     }
-    out
+}
+
+/// Sums times a scale that is given as pairs of equal numbers of 16 bits.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn scaled(sums: __m256i, scales: __m256i) -> __m256i {
+    _mm256_mullo_epi32(sums, _mm256_srai_epi32::<16>(scales))
 }
 
 /// Bits `from..` of each byte, moved to `to..`, as far as the mask reaches.

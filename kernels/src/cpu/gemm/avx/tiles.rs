@@ -19,18 +19,18 @@ macro_rules! each_group {
 /// Defines `any_rows`, compiled with `$features`, from what the module that calls this defines:
 ///
 /// ```text
-///   plane_count::<B>()     planes of 8 weight rows' codes
+///   SIGNED                 whether it wants codes of 8 bits signed
 ///   one_run::<B>()         true where both vectors of a panel's rows find registers: a block's sums are not widened midway
-///   dots::<B, P, N, H>(..) a block's scaled sums, of H vectors of 8 weight rows with N rows of activations
+///   dots::<B, N, H>(..) a block's scaled sums, of H vectors of 8 weight rows with N rows of activations
 /// ```
 macro_rules! tiles {
     ($features:literal) => {
         use std::arch::x86_64::{_mm256_setzero_ps, _mm256_setzero_si256};
 
-        use super::memory::{half_mut, store_f32};
+        use super::memory::{half_mut, load_bytes, store_f32};
         use super::tiles::UNPACK_ROWS;
         use super::{
-            Factors, Strip, accumulate, barrier, factors, in_memory, planes, strip_codes, strip_factors, strip_scales,
+            Factors, Strip, accumulate, barrier, factors, group, has_no_zero, in_memory, strip_factors, strip_scales,
             unpack,
         };
         use crate::cpu::act::Tile;
@@ -43,35 +43,28 @@ macro_rules! tiles {
             // What `strip_scales` and `strip_factors` read: nothing, one scale, or two and the pairs for the type's zero.
             let ints = match B::SHAPE.scales {
                 0 => 0,
-                1 if matches!(B::SHAPE.zero, ZeroKind::Float) => 1,
+                1 if has_no_zero::<B, SIGNED>() || matches!(B::SHAPE.zero, ZeroKind::Float) => 1,
                 _ => 3,
             };
-            match (plane_count::<B>(), ints) {
-                (1, 0) => rows_of::<B, 1, 0>(panel, rows, scratch, out),
-                (1, 1) => rows_of::<B, 1, 1>(panel, rows, scratch, out),
-                (1, _) => rows_of::<B, 1, 3>(panel, rows, scratch, out),
-                (_, 0) => rows_of::<B, 2, 0>(panel, rows, scratch, out),
-                (_, _) => rows_of::<B, 2, 3>(panel, rows, scratch, out),
+            match ints {
+                0 => rows_of::<B, 0>(panel, rows, scratch, out),
+                1 => rows_of::<B, 1>(panel, rows, scratch, out),
+                _ => rows_of::<B, 3>(panel, rows, scratch, out),
             }
         }
 
-        /// Multiplies a panel, whose blocks have `P` planes of codes and `I` vectors of whole numbers.
+        /// Multiplies a panel, whose blocks have `I` vectors of whole numbers.
         #[target_feature(enable = $features)]
-        fn rows_of<B: Packed, const P: usize, const I: usize>(
-            panel: &[B],
-            rows: Group<'_>,
-            scratch: &mut [u8],
-            out: &mut [Lanes],
-        ) {
+        fn rows_of<B: Packed, const I: usize>(panel: &[B], rows: Group<'_>, scratch: &mut [u8], out: &mut [Lanes]) {
             if rows.len() >= UNPACK_ROWS {
-                return unpacked::<B, P, I>(panel, rows, scratch, out);
+                return unpacked::<B, I>(panel, rows, scratch, out);
             }
             for tile in rows.tiles() {
                 let out = &mut out[tile.row - rows.first..][..tile.len];
                 match tile.len {
-                    4 => packed_tile::<B, P, 4>(panel, rows.acts(tile), exact(out)),
-                    2 => packed_tile::<B, P, 2>(panel, rows.acts(tile), exact(out)),
-                    _ => packed_tile::<B, P, 1>(panel, rows.acts(tile), exact(out)),
+                    4 => packed_tile::<B, 4>(panel, rows.acts(tile), exact(out)),
+                    2 => packed_tile::<B, 2>(panel, rows.acts(tile), exact(out)),
+                    _ => packed_tile::<B, 1>(panel, rows.acts(tile), exact(out)),
                 }
             }
         }
@@ -79,25 +72,21 @@ macro_rules! tiles {
         /// Multiplies a packed panel with one tile.
         #[inline(never)]
         #[target_feature(enable = $features)]
-        fn packed_tile<B: Packed, const P: usize, const N: usize>(
-            panel: &[B],
-            acts: TileActs<'_, N>,
-            out: &mut [Lanes; N],
-        ) {
+        fn packed_tile<B: Packed, const N: usize>(panel: &[B], acts: TileActs<'_, N>, out: &mut [Lanes; N]) {
             let mut acc = [[_mm256_setzero_ps(); 2]; N];
             for (unit, acts) in panel.iter().zip(acts.split(B::BLOCKS)) {
                 for b in 0..B::BLOCKS {
                     prefetch(unit, b, PREFETCH);
                     let ([d_x, s_x], x_sums) = (acts.scales[b], &acts.sums[b]);
-                    let w = [factors::<B, P>(unit, b, 0), factors::<B, P>(unit, b, 1)];
-                    let codes = |j, half| planes::<P>(unit.codes(b), j, half);
+                    let w = [factors::<B, SIGNED>(unit, b, 0), factors::<B, SIGNED>(unit, b, 1)];
+                    let codes = |j, half| group::<SIGNED>(unit.codes(b), j, half);
                     let mut sums = [[_mm256_setzero_si256(); 2]; N];
                     if one_run::<B>() {
-                        sums = dots::<B, P, N, 2>(codes, [w[0].scales, w[1].scales], &acts.quants[b]);
+                        sums = dots::<B, N, 2>(codes, [w[0].scales, w[1].scales], &acts.quants[b]);
                     } else {
                         // Half by half: sums of runs and of the block at once would need too many registers.
                         for half in 0..2 {
-                            let part = dots::<B, P, N, 1>(|j, _| codes(j, half), [w[half].scales], &acts.quants[b]);
+                            let part = dots::<B, N, 1>(|j, _| codes(j, half), [w[half].scales], &acts.quants[b]);
                             for n in 0..N {
                                 sums[n][half] = part[n][0];
                             }
@@ -105,8 +94,13 @@ macro_rules! tiles {
                     }
                     for n in 0..N {
                         for half in 0..2 {
-                            acc[n][half] =
-                                accumulate::<B>(acc[n][half], sums[n][half], &w[half], [d_x[n], s_x[n]], x_sums[n]);
+                            acc[n][half] = accumulate::<B, SIGNED>(
+                                acc[n][half],
+                                sums[n][half],
+                                &w[half],
+                                [d_x[n], s_x[n]],
+                                x_sums[n],
+                            );
                         }
                     }
                 }
@@ -119,36 +113,31 @@ macro_rules! tiles {
 
         /// Unpacks a panel, then multiplies it with every tile.
         #[target_feature(enable = $features)]
-        fn unpacked<B: Packed, const P: usize, const I: usize>(
-            panel: &[B],
-            rows: Group<'_>,
-            scratch: &mut [u8],
-            out: &mut [Lanes],
-        ) {
+        fn unpacked<B: Packed, const I: usize>(panel: &[B], rows: Group<'_>, scratch: &mut [u8], out: &mut [Lanes]) {
             let blocks = panel.len() * B::BLOCKS;
-            let scratch = &mut scratch[..2 * blocks * size_of::<Strip<P, I>>()];
-            let strips = cast_mut::<Strip<P, I>>(scratch);
+            let scratch = &mut scratch[..2 * blocks * size_of::<Strip<I>>()];
+            let strips = cast_mut::<Strip<I>>(scratch);
             for (i, unit) in panel.iter().enumerate() {
                 for b in 0..B::BLOCKS {
                     for half in 0..2 {
                         let block = i * B::BLOCKS + b;
                         // Side by side where both are multiplied at once, one after the other where not.
                         let place = if one_run::<B>() { 2 * block + half } else { half * blocks + block };
-                        unpack(unit, b, half, &mut strips[place]);
+                        unpack::<B, SIGNED, I>(unit, b, half, &mut strips[place]);
                     }
                 }
             }
-            let strips = cast::<Strip<P, I>>(scratch);
+            let strips = cast::<Strip<I>>(scratch);
             // The next panel arrives while this one is multiplied with the first tile.
             let mut this = Some(panel);
             if one_run::<B>() {
                 for tile in rows.tiles() {
-                    strip_tiles::<B, P, I, 2>(strips.as_chunks().0, (0, this.take()), (rows, tile), out);
+                    strip_tiles::<B, I, 2>(strips.as_chunks().0, (0, this.take()), (rows, tile), out);
                 }
             } else {
                 for (half, strip) in strips.chunks_exact(blocks).enumerate() {
                     for tile in rows.tiles() {
-                        strip_tiles::<B, P, I, 1>(strip.as_chunks().0, (half, this.take()), (rows, tile), out);
+                        strip_tiles::<B, I, 1>(strip.as_chunks().0, (half, this.take()), (rows, tile), out);
                     }
                 }
             }
@@ -158,24 +147,24 @@ macro_rules! tiles {
         /// given.
         #[inline]
         #[target_feature(enable = $features)]
-        fn strip_tiles<B: Packed, const P: usize, const I: usize, const H: usize>(
-            strips: &[[Strip<P, I>; H]],
+        fn strip_tiles<B: Packed, const I: usize, const H: usize>(
+            strips: &[[Strip<I>; H]],
             first: (usize, Option<&[B]>),
             (rows, tile): (Group<'_>, Tile),
             out: &mut [Lanes],
         ) {
             let out = &mut out[tile.row - rows.first..][..tile.len];
             match tile.len {
-                4 => strip_tile::<B, P, I, H, 4>(strips, first, rows.acts(tile), exact(out)),
-                2 => strip_tile::<B, P, I, H, 2>(strips, first, rows.acts(tile), exact(out)),
-                _ => strip_tile::<B, P, I, H, 1>(strips, first, rows.acts(tile), exact(out)),
+                4 => strip_tile::<B, I, H, 4>(strips, first, rows.acts(tile), exact(out)),
+                2 => strip_tile::<B, I, H, 2>(strips, first, rows.acts(tile), exact(out)),
+                _ => strip_tile::<B, I, H, 1>(strips, first, rows.acts(tile), exact(out)),
             }
         }
 
         #[inline(never)]
         #[target_feature(enable = $features)]
-        fn strip_tile<B: Packed, const P: usize, const I: usize, const H: usize, const N: usize>(
-            strips: &[[Strip<P, I>; H]],
+        fn strip_tile<B: Packed, const I: usize, const H: usize, const N: usize>(
+            strips: &[[Strip<I>; H]],
             (first, panel): (usize, Option<&[B]>),
             acts: TileActs<'_, N>,
             out: &mut [Lanes; N],
@@ -192,13 +181,13 @@ macro_rules! tiles {
                     *scales = strip_scales(strip);
                 }
                 barrier();
-                let codes = |j: usize, h: usize| strip_codes(&strips[h], j);
-                let sums = dots::<B, P, N, H>(codes, scales, quants);
+                let codes = |j: usize, h: usize| load_bytes(&strips[h].codes[j]);
+                let sums = dots::<B, N, H>(codes, scales, quants);
                 let w: [Factors; H] = std::array::from_fn(|h| strip_factors(&strips[h], scales[h]));
                 for n in 0..N {
                     let mut sum = acc[n];
                     for h in 0..H {
-                        sum[h] = accumulate::<B>(sum[h], sums[n][h], &w[h], [d_x[n], s_x[n]], x_sums[n]);
+                        sum[h] = accumulate::<B, SIGNED>(sum[h], sums[n][h], &w[h], [d_x[n], s_x[n]], x_sums[n]);
                     }
                     acc[n] = sum;
                 }

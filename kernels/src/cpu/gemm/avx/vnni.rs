@@ -1,11 +1,11 @@
 //! The dot product with AVX-VNNI: four products of unsigned by signed bytes are added into each 32-bit lane.
 //!
-//! Nothing overflows, so codes of 8 bits need no planes, and only where a row has a scale for each 16 columns are the sums of
+//! Nothing overflows, and only where a row has a scale for each 16 columns are the sums of
 //! both kept apart until they are scaled.
 
-use std::arch::x86_64::{__m256i, _mm256_add_epi32, _mm256_dpbusd_avx_epi32, _mm256_mullo_epi32, _mm256_srai_epi32};
+use std::arch::x86_64::{__m256i, _mm256_add_epi32, _mm256_dpbusd_avx_epi32};
 
-use super::broadcast;
+use super::{broadcast, scaled};
 use crate::cpu::gemm::{IntDot, TileQuants};
 use crate::cpu::simd::AvxVnni;
 use crate::format::ggml::BLOCK;
@@ -17,7 +17,7 @@ impl IntDot for AvxVnni {
     const TILE_ROWS: usize = 4;
 
     fn scratch_bytes(cols: usize) -> usize {
-        2 * (cols / BLOCK) * size_of::<Strip<1, 3>>()
+        2 * (cols / BLOCK) * size_of::<Strip<3>>()
     }
 
     #[inline(always)]
@@ -27,22 +27,20 @@ impl IntDot for AvxVnni {
     }
 }
 
-/// Planes of codes: whole bytes.
-const fn plane_count<B: Packed>() -> usize {
-    1
-}
+/// Unsigned bytes are what it multiplies.
+const SIGNED: bool = false;
 
 /// True where a block's sums are scaled once, at its end, so that both vectors of a panel's rows find registers.
 const fn one_run<B: Packed>() -> bool {
     B::SHAPE.scales < 2
 }
 
-/// Scaled dot products of a block's rows, in `H` vectors of 8, with `N` rows of activations; `codes` gives the one plane of a
-/// group of columns of a vector.
+/// Scaled dot products of a block's rows, in `H` vectors of 8, with `N` rows of activations; `codes` gives a group of
+/// columns of a vector.
 #[inline]
 #[target_feature(enable = "avx2,avxvnni")]
-fn dots<B: Packed, const P: usize, const N: usize, const H: usize>(
-    codes: impl Fn(usize, usize) -> [__m256i; P],
+fn dots<B: Packed, const N: usize, const H: usize>(
+    codes: impl Fn(usize, usize) -> __m256i,
     scales: [[__m256i; 2]; H],
     x: &TileQuants<N>,
 ) -> [[__m256i; H]; N] {
@@ -51,7 +49,7 @@ fn dots<B: Packed, const P: usize, const N: usize, const H: usize>(
     each_group!(j => {
         let mut words = [_mm256_setzero_si256(); H];
         for (h, word) in words.iter_mut().enumerate() {
-            *word = codes(j, h)[0];
+            *word = codes(j, h);
         }
         for n in 0..N {
             let x = broadcast(&x[n], j);
@@ -80,11 +78,4 @@ fn dots<B: Packed, const P: usize, const N: usize, const H: usize>(
         }
         _ => sums,
     }
-}
-
-/// Sums times a scale that is given as pairs of equal numbers of 16 bits.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn scaled(sums: __m256i, scales: __m256i) -> __m256i {
-    _mm256_mullo_epi32(sums, _mm256_srai_epi32::<16>(scales))
 }
