@@ -19,9 +19,9 @@ macro_rules! each_group {
 /// Defines `any_rows`, compiled with `$features`, from what the module that calls this defines:
 ///
 /// ```text
-///   SIGNED                 whether it wants codes of 8 bits signed
-///   one_run::<B>()         true where both vectors of a panel's rows find registers: a block's sums are not widened midway
-///   dots::<B, N, H>(..) a block's scaled sums, of H vectors of 8 weight rows with N rows of activations
+///   SIGNED                whether it wants codes of 8 bits signed
+///   one_run::<B>()        true where both vectors of a panel's rows find registers: a block's sums are not widened midway
+///   dots::<B, N, H>(..)   a block's scaled sums, of H vectors of 8 weight rows with N rows of activations
 /// ```
 macro_rules! tiles {
     ($features:literal) => {
