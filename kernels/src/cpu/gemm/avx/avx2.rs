@@ -50,9 +50,10 @@ const fn run_words<B: Packed>() -> usize {
     }
 }
 
-/// True where a block is summed in 16 bits from end to end, so that both vectors of a panel's rows find registers.
-const fn one_run<B: Packed>() -> bool {
-    B::SHAPE.bits == 8 || run_words::<B>() == 8
+/// True where both vectors of a panel's rows are multiplied side by side. With two runs a block, the sums of the first wait in
+/// memory; with more, or with scales of their own, they would go back and forth.
+const fn side_by_side<B: Packed>() -> bool {
+    B::SHAPE.bits == 8 || B::SHAPE.scales < 2 && run_words::<B>() >= 4
 }
 
 /// Scaled dot products of a block's rows, in `H` vectors of 8, with `N` rows of activations; `codes` gives a group of

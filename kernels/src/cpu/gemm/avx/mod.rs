@@ -13,7 +13,7 @@
 //!
 //! A register tile is 16 weight rows (two vectors of 8) by up to 4 activation rows: 8 sums, 2 weights and 1 broadcast
 //! activation fit the 16 registers; the f32 accumulators are touched once per block and lie in memory. Where a block takes
-//! several runs, it is 8 weight rows: the sums of the runs stay in registers too.
+//! many runs, it is 8 weight rows: the sums of the runs stay in registers too.
 //!
 //! Codes of 8 bits are unsigned with a zero of 128 in a packed panel. A dot product may want them `SIGNED`: then their zero is
 //! 0, and nothing pays for it.

@@ -20,7 +20,7 @@ macro_rules! each_group {
 ///
 /// ```text
 ///   SIGNED                whether it wants codes of 8 bits signed
-///   one_run::<B>()        true where both vectors of a panel's rows find registers: a block's sums are not widened midway
+///   side_by_side::<B>()   true where both vectors of a panel's rows are multiplied at once: each broadcast serves two products
 ///   dots::<B, N, H>(..)   a block's scaled sums, of H vectors of 8 weight rows with N rows of activations
 /// ```
 macro_rules! tiles {
@@ -81,7 +81,7 @@ macro_rules! tiles {
                     let w = [factors::<B, SIGNED>(unit, b, 0), factors::<B, SIGNED>(unit, b, 1)];
                     let codes = |j, half| group::<SIGNED>(unit.codes(b), j, half);
                     let mut sums = [[_mm256_setzero_si256(); 2]; N];
-                    if one_run::<B>() {
+                    if side_by_side::<B>() {
                         sums = dots::<B, N, 2>(codes, [w[0].scales, w[1].scales], &acts.quants[b]);
                     } else {
                         // Half by half: sums of runs and of the block at once would need too many registers.
@@ -122,7 +122,7 @@ macro_rules! tiles {
                     for half in 0..2 {
                         let block = i * B::BLOCKS + b;
                         // Side by side where both are multiplied at once, one after the other where not.
-                        let place = if one_run::<B>() { 2 * block + half } else { half * blocks + block };
+                        let place = if side_by_side::<B>() { 2 * block + half } else { half * blocks + block };
                         unpack::<B, SIGNED, I>(unit, b, half, &mut strips[place]);
                     }
                 }
@@ -130,7 +130,7 @@ macro_rules! tiles {
             let strips = cast::<Strip<I>>(scratch);
             // The next panel arrives while this one is multiplied with the first tile.
             let mut this = Some(panel);
-            if one_run::<B>() {
+            if side_by_side::<B>() {
                 for tile in rows.tiles() {
                     strip_tiles::<B, I, 2>(strips.as_chunks().0, (0, this.take()), (rows, tile), out);
                 }

@@ -30,8 +30,8 @@ impl IntDot for AvxVnni {
 /// Unsigned bytes are what it multiplies.
 const SIGNED: bool = false;
 
-/// True where a block's sums are scaled once, at its end, so that both vectors of a panel's rows find registers.
-const fn one_run<B: Packed>() -> bool {
+/// True where a block's sums are scaled once, at its end: registers hold those of both vectors of a panel's rows.
+const fn side_by_side<B: Packed>() -> bool {
     B::SHAPE.scales < 2
 }
 
