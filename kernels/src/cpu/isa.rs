@@ -1,5 +1,9 @@
 //! Which instruction sets this CPU has, and which one the kernels use.
 
+#[cfg(target_arch = "aarch64")]
+use super::simd::Neon;
+#[cfg(target_arch = "x86_64")]
+use super::simd::{Avx2, Avx512, AvxVnni};
 use crate::{Error, Result};
 
 /// Environment variable that forces an instruction set by name.
@@ -40,24 +44,13 @@ impl Isa {
         match self {
             Isa::Scalar => true,
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => {
-                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
-            }
+            Isa::Avx2 => Avx2::detect().is_some(),
             #[cfg(target_arch = "x86_64")]
-            Isa::AvxVnni => Isa::Avx2.is_available() && is_x86_feature_detected!("avxvnni"),
+            Isa::AvxVnni => AvxVnni::detect().is_some(),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => {
-                Isa::Avx2.is_available()
-                    && is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512vl")
-                    && is_x86_feature_detected!("avx512dq")
-                    && is_x86_feature_detected!("avx512vnni")
-            }
+            Isa::Avx512 => Avx512::detect().is_some(),
             #[cfg(target_arch = "aarch64")]
-            Isa::Neon => {
-                std::arch::is_aarch64_feature_detected!("neon") && std::arch::is_aarch64_feature_detected!("dotprod")
-            }
+            Isa::Neon => Neon::detect().is_some(),
             _ => false,
         }
     }

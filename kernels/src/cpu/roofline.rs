@@ -48,12 +48,11 @@ impl Roofline {
     pub fn measure(isa: Isa, threads: usize) -> Result<Self> {
         let gauge = Gauge::new(isa, threads)?;
         let cached = Gauge::reading(gauge.isa, gauge.threads, CACHED, 0)?;
-        let best = |run: &dyn Fn() -> f64| (0..RUNS).map(|_| run()).fold(0.0, f64::max);
         Ok(Self {
-            read: best(&|| gauge.read()),
-            cached_read: best(&|| cached.read()),
-            int8: gauge.int8().map(|first| first.max(best(&|| gauge.int8().unwrap_or(0.0)))),
-            float: best(&|| gauge.float()),
+            read: best(|| gauge.read()),
+            cached_read: best(|| cached.read()),
+            int8: int8_pass(gauge.isa).map(|pass| best(|| rate(gauge.threads, &|_| pass()))),
+            float: best(|| gauge.float()),
         })
     }
 
@@ -70,7 +69,11 @@ impl Roofline {
 /// As [`Roofline::measure`].
 pub fn read_bandwidth(isa: Isa, threads: usize) -> Result<f64> {
     let gauge = Gauge::new(isa, threads)?;
-    Ok((0..RUNS).map(|_| gauge.read()).fold(0.0, f64::max))
+    Ok(best(|| gauge.read()))
+}
+
+fn best(run: impl Fn() -> f64) -> f64 {
+    (0..RUNS).map(|_| run()).fold(0.0, f64::max)
 }
 
 /// Measures a limit in one short run, of some hundredths of a second.

@@ -16,27 +16,12 @@ use std::arch::x86_64::{
     _mm256_set1_epi16, _mm256_sign_epi8,
 };
 
-use super::{broadcast, scaled};
-use crate::cpu::gemm::{IntDot, TileQuants};
+use super::{all_scaled, broadcast};
+use crate::cpu::gemm::TileQuants;
 use crate::cpu::simd::Avx2;
-use crate::format::ggml::BLOCK;
 use crate::format::pack::Packed;
 
-tiles!("avx2,fma,f16c");
-
-impl IntDot for Avx2 {
-    const TILE_ROWS: usize = 4;
-
-    fn scratch_bytes(cols: usize) -> usize {
-        2 * (cols / BLOCK) * size_of::<Strip<3>>()
-    }
-
-    #[inline(always)]
-    fn panel<B: Packed>(self, panel: &[B], rows: Group<'_>, scratch: &mut [u8], out: &mut [Lanes]) {
-        // SAFETY: `self` came from `detect`, which saw AVX2, FMA and F16C.
-        unsafe { any_rows(panel, rows, scratch, out) }
-    }
-}
+tiles!(Avx2, "avx2,fma,f16c");
 
 /// The sign of a weight goes to its activation.
 const SIGNED: bool = true;
@@ -84,11 +69,7 @@ fn dots<B: Packed, const N: usize, const H: usize>(
             }
         });
         if B::SHAPE.scales == 1 {
-            for sums in &mut sums {
-                for (sum, scales) in sums.iter_mut().zip(scales) {
-                    *sum = scaled(*sum, scales[0]);
-                }
-            }
+            sums = all_scaled(sums, scales);
         }
     } else {
         let mut run = sums;

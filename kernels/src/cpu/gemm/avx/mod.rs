@@ -209,6 +209,21 @@ fn scaled(sums: __m256i, scales: __m256i) -> __m256i {
     _mm256_mullo_epi32(sums, _mm256_srai_epi32::<16>(scales))
 }
 
+/// The sums of whole blocks, each times its row's first scale.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn all_scaled<const N: usize, const H: usize>(
+    mut sums: [[__m256i; H]; N],
+    scales: [[__m256i; 2]; H],
+) -> [[__m256i; H]; N] {
+    for sums in &mut sums {
+        for (sum, scales) in sums.iter_mut().zip(scales) {
+            *sum = scaled(*sum, scales[0]);
+        }
+    }
+    sums
+}
+
 /// Bits `from..` of each byte, moved to `to..`, as far as the mask reaches.
 #[inline]
 #[target_feature(enable = "avx2")]

@@ -16,7 +16,8 @@ macro_rules! each_group {
     };
 }
 
-/// Defines `any_rows`, compiled with `$features`, from what the module that calls this defines:
+/// Implements [`IntDot`](crate::cpu::gemm::IntDot) for the token `$token`, which proves `$features`, from what the module that
+/// calls this defines:
 ///
 /// ```text
 ///   SIGNED                whether it wants codes of 8 bits signed
@@ -24,7 +25,7 @@ macro_rules! each_group {
 ///   dots::<B, N, H>(..)   a block's scaled sums, of H vectors of 8 weight rows with N rows of activations
 /// ```
 macro_rules! tiles {
-    ($features:literal) => {
+    ($token:ty, $features:literal) => {
         use std::arch::x86_64::{_mm256_setzero_ps, _mm256_setzero_si256};
 
         use super::memory::{half_mut, load_bytes, store_f32};
@@ -34,9 +35,24 @@ macro_rules! tiles {
             unpack,
         };
         use crate::cpu::act::Tile;
-        use crate::cpu::gemm::{Group, Lanes, PREFETCH, TileActs, exact, prefetch};
+        use crate::cpu::gemm::{Group, IntDot, Lanes, PREFETCH, TileActs, exact, prefetch};
+        use crate::format::ggml::BLOCK;
         use crate::format::pack::ZeroKind;
         use crate::memory::{cast, cast_mut};
+
+        impl IntDot for $token {
+            const TILE_ROWS: usize = 4;
+
+            fn scratch_bytes(cols: usize) -> usize {
+                2 * (cols / BLOCK) * size_of::<Strip<3>>()
+            }
+
+            #[inline(always)]
+            fn panel<B: Packed>(self, panel: &[B], rows: Group<'_>, scratch: &mut [u8], out: &mut [Lanes]) {
+                // SAFETY: `self` came from `detect`, which saw every one of these features.
+                unsafe { any_rows(panel, rows, scratch, out) }
+            }
+        }
 
         #[target_feature(enable = $features)]
         fn any_rows<B: Packed>(panel: &[B], rows: Group<'_>, scratch: &mut [u8], out: &mut [Lanes]) {

@@ -1,31 +1,16 @@
 //! The dot product with AVX-VNNI: four products of unsigned by signed bytes are added into each 32-bit lane.
 //!
-//! Nothing overflows, and only where a row has a scale for each 16 columns are the sums of
-//! both kept apart until they are scaled.
+//! Nothing overflows, and only where a row has a scale for each 16 columns are the sums of both kept apart until they are
+//! scaled.
 
 use std::arch::x86_64::{__m256i, _mm256_add_epi32, _mm256_dpbusd_avx_epi32};
 
-use super::{broadcast, scaled};
-use crate::cpu::gemm::{IntDot, TileQuants};
+use super::{all_scaled, broadcast, scaled};
+use crate::cpu::gemm::TileQuants;
 use crate::cpu::simd::AvxVnni;
-use crate::format::ggml::BLOCK;
 use crate::format::pack::Packed;
 
-tiles!("avx2,fma,f16c,avxvnni");
-
-impl IntDot for AvxVnni {
-    const TILE_ROWS: usize = 4;
-
-    fn scratch_bytes(cols: usize) -> usize {
-        2 * (cols / BLOCK) * size_of::<Strip<3>>()
-    }
-
-    #[inline(always)]
-    fn panel<B: Packed>(self, panel: &[B], rows: Group<'_>, scratch: &mut [u8], out: &mut [Lanes]) {
-        // SAFETY: `self` came from `detect`, which saw AVX2, FMA, F16C and AVX-VNNI.
-        unsafe { any_rows(panel, rows, scratch, out) }
-    }
-}
+tiles!(AvxVnni, "avx2,fma,f16c,avxvnni");
 
 /// Unsigned bytes are what it multiplies.
 const SIGNED: bool = false;
@@ -68,14 +53,7 @@ fn dots<B: Packed, const N: usize, const H: usize>(
     });
     match B::SHAPE.scales {
         0 => run,
-        1 => {
-            for n in 0..N {
-                for h in 0..H {
-                    sums[n][h] = scaled(run[n][h], scales[h][0]);
-                }
-            }
-            sums
-        }
+        1 => all_scaled(run, scales),
         _ => sums,
     }
 }
